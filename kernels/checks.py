@@ -1,0 +1,77 @@
+"""The contract of shapes, dtypes and devices, stated once and refused in words."""
+
+import torch
+from torch import Tensor
+
+
+class Shapes:
+    """Binds the letters of layouts such as `"B T H K"` to sizes, tensor after tensor.
+
+    >>> shapes = Shapes("linear_attention")
+    >>> shapes("q", q, "B T H K")
+    >>> shapes("log_decay", log_decay, "H", "B T H", "B T H K")   # any of several layouts, None is skipped
+    """
+
+    def __init__(self, op: str, **sizes: int):
+        self.op = op
+        self.sizes = sizes
+        self.device: torch.device | None = None
+
+    def __getitem__(self, letter: str) -> int:
+        return self.sizes[letter]
+
+    def __call__(self, name: str, tensor: Tensor | None, *layouts: str, dtype: torch.dtype | None = None) -> None:
+        if tensor is None:
+            return
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{self.op}: {name} must be a tensor, got {type(tensor).__name__}")
+        letters = next((found for found in map(str.split, layouts) if self._fits(tensor, found)), None)
+        if letters is None:
+            wanted = " or ".join(self._describe(layout) for layout in layouts)
+            raise ValueError(f"{self.op}: {name} is {list(tensor.shape)}, expected {wanted}")
+        if dtype is not None and tensor.dtype != dtype:
+            raise ValueError(f"{self.op}: {name} is {tensor.dtype}, expected {dtype}")
+        if self.device is None:
+            self.device = tensor.device
+        elif tensor.device != self.device:
+            raise ValueError(f"{self.op}: {name} is on {tensor.device}, the other arguments on {self.device}")
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            self.sizes.setdefault(letter, size)
+
+    def _fits(self, tensor: Tensor, letters: list[str]) -> bool:
+        if tensor.ndim != len(letters):
+            return False
+        expected = (int(x) if x.isdigit() else self.sizes.get(x) for x in letters)
+        return all(size == want for size, want in zip(tensor.shape, expected, strict=True) if want is not None)
+
+    def _describe(self, layout: str) -> str:
+        known = " ".join(f"{x}={self.sizes[x]}" if x in self.sizes else x for x in layout.split())
+        return f"[{known}]"
+
+    def divides(self, small: str, large: str, name: str) -> None:
+        """Raise unless the number of groups `small` divides the number of heads `large`."""
+        if self[large] % self[small]:
+            raise ValueError(f"{self.op}: {name} has {self[small]} heads, which does not divide the {self[large]} heads")
+
+    def not_empty(self, *letters: str) -> None:
+        """Raise if one of the named dimensions is zero."""
+        for letter in letters:
+            if self[letter] == 0:
+                raise ValueError(f"{self.op}: dimension {letter} is empty; there is nothing to compute")
+
+
+def float_dtype(op: str, **tensors: Tensor) -> torch.dtype:
+    """The one floating (or complex) dtype of these tensors; raises, naming the odd one, if they differ."""
+    (first, tensor), *rest = tensors.items()
+    dtype = tensor.dtype
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise ValueError(f"{op}: {first} is {dtype}, expected a floating dtype")
+    for name, other in rest:
+        if other.dtype != dtype:
+            raise ValueError(f"{op}: {name} is {other.dtype} but {first} is {dtype}; cast one of them")
+    return dtype
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of states and sums: float64 stays, everything narrower is float32."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32

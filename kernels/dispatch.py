@@ -1,0 +1,197 @@
+"""How an operator finds its backend, and how the compiler sees it.
+
+An operator has up to three backends: `reference` (the definition, a loop over time), `chunked` (parallel, plain torch) and
+`fused` (Triton). `Op` owns everything they have in common: the choice among them, packed rows, and the `torch.library`
+custom op through which `torch.compile` sees one node instead of a loop.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from zoo.kernels.packing import Packing
+
+Backend = Literal["auto", "reference", "chunked", "fused"]
+BACKENDS = ("auto", "reference", "chunked", "fused")
+OPS: dict[str, "Op"] = {}
+_preferred: str = "auto"
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot run here."""
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Within the context every operator called with `backend="auto"` runs on `backend` instead."""
+    global _preferred
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+    previous, _preferred = _preferred, backend
+    try:
+        yield
+    finally:
+        _preferred = previous
+
+
+@dataclass
+class Op:
+    """One operator: its backends, its arguments and how to draw inputs for it.
+
+    A backend is a function `(**tensors, **options) -> (out, state)` on rows `[B, T, ...]` without packing.
+
+    Args:
+        name: of the public function and of the custom op `zoo::<name>`.
+        reference, chunked: the backends.
+        tensors: argument names in order; a trailing `?` marks one that may be None. `state` is always one of them.
+        options: names of the other arguments with their schema types, e.g. `{"scale": "float"}`.
+        along_time: names of the tensors that are cut up when a row is packed (those of them with 3 dimensions or more).
+        meta: `(tensors, options, sequences) -> (out, state)` empty tensors of the right shapes and dtypes.
+        cases: name -> `(generator, batch, length, dtype) -> keyword arguments`; tests and benchmarks draw from these.
+        call: the public function.
+    """
+
+    name: str
+    reference: Callable
+    chunked: Callable
+    tensors: tuple[str, ...]
+    options: dict[str, str]
+    along_time: tuple[str, ...]
+    meta: Callable
+    cases: dict[str, Callable] = field(default_factory=dict)
+    call: Callable | None = None
+
+    def __post_init__(self):
+        if self.name in OPS:
+            raise ValueError(f"operator {self.name!r} is registered twice")
+        OPS[self.name] = self
+        self.names = tuple(t.rstrip("?") for t in self.tensors)
+        self.custom_op = self._define()
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+
+    def fused_obstacle(self, tensors: dict[str, Tensor | None]) -> str | None:
+        """Why `fused` cannot run on these tensors, or None."""
+        return "this version has no fused kernel for it"
+
+    def resolve(self, backend: Backend, tensors: dict[str, Tensor | None], length: int) -> str:
+        """The backend that will run. One asked for by name is never replaced."""
+        if backend not in BACKENDS:
+            raise ValueError(f"{self.name}: backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
+        backend = _preferred if backend == "auto" else backend
+        obstacle = self.fused_obstacle(tensors)
+        if backend == "auto":
+            return "reference" if length == 1 else "chunked" if obstacle else "fused"
+        if backend == "fused" and obstacle:
+            raise BackendError(f"{self.name}: fused cannot run: {obstacle}. Use backend='auto' or 'chunked'.")
+        return backend
+
+    def __call__(self, tensors: dict[str, Tensor | None], options: dict, packing: Packing | None, backend: Backend):
+        """Run on the chosen backend; `tensors` and `options` are complete and checked by the caller."""
+        lead = tensors[self.names[0]]
+        if packing is not None:
+            packing.check(self.name, self.names[0], lead)
+        backend = self.resolve(backend, tensors, lead.shape[1])
+        if torch.compiler.is_compiling() and backend != "reference":
+            cu_seqlens = None if packing is None else packing.cu_seqlens
+            return self.custom_op(*(tensors[n] for n in self.names), cu_seqlens, *options.values(), backend)
+        return self.execute(tensors, options, packing, backend)
+
+    # -- running ------------------------------------------------------------------------------------------------------
+
+    def execute(self, tensors: dict[str, Tensor | None], options: dict, packing: Packing | None, backend: str):
+        """Run one backend, laying a packed row out as that backend wants it."""
+        run = getattr(self, backend)
+        if packing is None:
+            return run(**tensors, **options)
+        if backend == "reference":
+            return self._one_by_one(run, tensors, options, packing)
+        padded = {n: packing.pad(t) if self._cut(n, t) else t for n, t in tensors.items()}
+        out, state = run(**padded, **options)
+        return packing.unpad(out), state
+
+    def _cut(self, name: str, tensor: Tensor | None) -> bool:
+        return tensor is not None and name in self.along_time and tensor.ndim >= 3
+
+    def _one_by_one(self, run: Callable, tensors: dict, options: dict, packing: Packing):
+        """Sequence after sequence: what packing means. An empty sequence hands its state on."""
+        outs, states = [], []
+        blank = self.meta(tensors, options, 1)
+        for n, piece in packing.split():
+            own = {name: t[:, piece] if self._cut(name, t) else t for name, t in tensors.items()}
+            own["state"] = None if tensors["state"] is None else tensors["state"][n : n + 1]
+            if piece.start == piece.stop:
+                states.append(torch.zeros_like(blank[1]) if own["state"] is None else own["state"])
+                continue
+            out, state = run(**own, **options)
+            outs.append(out)
+            states.append(state)
+        return torch.cat(outs, dim=1), torch.cat(states)
+
+    # -- compiling ----------------------------------------------------------------------------------------------------
+
+    def _unpack(self, args: tuple):
+        """Arguments of the custom op -> tensors, options, packing, backend."""
+        count = len(self.names)
+        tensors, cu_seqlens = dict(zip(self.names, args[:count], strict=True)), args[count]
+        options = dict(zip(self.options, args[count + 1 : -1], strict=True))
+        return tensors, options, None if cu_seqlens is None else Packing(cu_seqlens), args[-1]
+
+    def _define(self):
+        """`zoo::<name>`, with its fake and its gradient."""
+        inputs = [f"Tensor{'?' if t.endswith('?') else ''} {t.rstrip('?')}" for t in self.tensors]
+        inputs += ["Tensor? cu_seqlens", *(f"{kind} {name}" for name, kind in self.options.items()), "str backend"]
+        arguments = ", ".join(inputs)
+
+        @torch.library.custom_op(f"zoo::{self.name}", mutates_args=(), schema=f"({arguments}) -> (Tensor, Tensor)")
+        def forward(*args):
+            tensors, options, packing, backend = self._unpack(args)
+            out, state = self.execute(tensors, options, packing, backend)
+            return _own(out), _own(state)
+
+        @torch.library.custom_op(
+            f"zoo::{self.name}_backward",
+            mutates_args=(),
+            schema=f"(Tensor grad_out, Tensor grad_state, {arguments}) -> Tensor[]",
+        )
+        def backward(grad_out, grad_state, *args):
+            tensors, options, packing, backend = self._unpack(args)
+            # the body of a custom op runs below autograd; this one differentiates by recomputing, so it lifts itself back
+            autograd = torch._C.DispatchKey.AutogradFunctionality
+            with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(autograd, False):
+                leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in tensors.items()}
+                outs = self.execute(leaves, options, packing, backend)
+                inputs = [t for t in leaves.values() if t is not None]
+                grads = torch.autograd.grad(outs, inputs, (grad_out, grad_state), allow_unused=True)
+            return [_own(torch.zeros_like(t) if g is None else g) for g, t in zip(grads, inputs, strict=True)]
+
+        @forward.register_fake
+        def _(*args):
+            tensors, options, packing, _ = self._unpack(args)
+            return self.meta(tensors, options, tensors[self.names[0]].shape[0] if packing is None else packing.count)
+
+        @backward.register_fake
+        def _(grad_out, grad_state, *args):
+            return [_own(torch.empty_like(t)) for t in self._unpack(args)[0].values() if t is not None]
+
+        def save(ctx, inputs, output):
+            count = len(self.names) + 1
+            ctx.save_for_backward(*inputs[:count])
+            ctx.rest = inputs[count:]
+
+        def gradient(ctx, grad_out, grad_state):
+            saved = ctx.saved_tensors
+            grads = iter(backward(grad_out, grad_state, *saved, *ctx.rest))
+            return (*(None if t is None else next(grads) for t in saved[:-1]), *[None] * (len(ctx.rest) + 1))
+
+        forward.register_autograd(gradient, setup_context=save)
+        return forward
+
+
+def _own(x: Tensor) -> Tensor:
+    """A contiguous tensor of its own: a custom op may return neither an input nor a view."""
+    return x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,32 @@
+"""The one rule of closeness. No test states a number of its own."""
+
+import torch
+from torch import Tensor
+
+
+def error_bound(plain: Tensor, exact: Tensor, *, gradient: bool = False) -> float:
+    """How far from `exact` a result may be, given how far the plain computation in the tested dtype is.
+
+    After FlashAttention's tests: twice the error of the plain computation (three times for gradients), plus four units of
+    rounding at the scale of the result.
+
+    Args:
+        plain: the definition computed in the tested dtype.
+        exact: the definition computed in float64.
+    """
+    factor = 3 if gradient else 2
+    exact = exact.double() if not exact.is_complex() else exact.to(torch.complex128)
+    scale = exact.abs().max().item() if exact.numel() else 0.0
+    noise = (plain - exact).abs().max().item() if exact.numel() else 0.0
+    return factor * noise + 4 * torch.finfo(plain.dtype).eps * scale
+
+
+def assert_close(result: Tensor, plain: Tensor, exact: Tensor, what: str, *, gradient: bool = False) -> None:
+    """Raise AssertionError unless `max |result - exact| <= error_bound(plain, exact)` and `result` is finite."""
+    assert result.shape == exact.shape, f"{what}: shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
+    assert torch.isfinite(torch.view_as_real(result) if result.is_complex() else result).all(), f"{what}: not finite"
+    if not exact.numel():
+        return
+    error = (result - exact.to(torch.complex128 if exact.is_complex() else torch.float64)).abs().max().item()
+    bound = error_bound(plain, exact, gradient=gradient)
+    assert error <= bound, f"{what}: off by {error:.3g}, the rule allows {bound:.3g}"
