@@ -42,15 +42,18 @@ def use_backend(backend: Backend) -> Iterator[None]:
 class Op:
     """One operator: its backends, its arguments and how to draw inputs for it.
 
-    A backend is a function `(**tensors, **options) -> (out, state)` on rows `[B, T, ...]` without packing.
+    A backend is a function `(**tensors, **options) -> (out, state)` on rows `[B, T, ...]` without packing. An operator that
+    carries nothing returns something else of its own (attention: the log-sum-exp) in the place of the state.
 
     Args:
         name: of the public function and of the custom op `zoo::<name>`.
         reference, chunked: the backends.
-        tensors: argument names in order; a trailing `?` marks one that may be None. `state` is always one of them.
+        tensors: argument names in order; a trailing `?` marks one that may be None. A recurrence calls its state `state`.
         options: names of the other arguments with their schema types, e.g. `{"scale": "float"}`.
         along_time: names of the tensors that are cut up when a row is packed (those of them with 3 dimensions or more).
         meta: `(tensors, options, sequences) -> (out, state)` empty tensors of the right shapes and dtypes.
+        pad_values: what stands behind a sequence's end where 0 is not neutral, by argument name.
+        opaque: `torch.compile` sees one node (for loops over time); False lets it trace plain torch code and fuse it.
         cases: name -> `(generator, batch, length, dtype) -> keyword arguments`; tests and benchmarks draw from these.
         call: the public function.
     """
@@ -62,6 +65,8 @@ class Op:
     options: dict[str, str]
     along_time: tuple[str, ...]
     meta: Callable
+    pad_values: dict[str, float] = field(default_factory=dict)
+    opaque: bool = True
     cases: dict[str, Callable] = field(default_factory=dict)
     call: Callable | None = None
 
@@ -96,7 +101,7 @@ class Op:
         if packing is not None:
             packing.check(self.name, self.names[0], lead)
         backend = self.resolve(backend, tensors, lead.shape[1])
-        if torch.compiler.is_compiling() and backend != "reference":
+        if self.opaque and torch.compiler.is_compiling() and backend != "reference":
             cu_seqlens = None if packing is None else packing.cu_seqlens
             return self.custom_op(*(tensors[n] for n in self.names), cu_seqlens, *options.values(), backend)
         return self.execute(tensors, options, packing, backend)
@@ -110,7 +115,7 @@ class Op:
             return run(**tensors, **options)
         if backend == "reference":
             return self._one_by_one(run, tensors, options, packing)
-        padded = {n: packing.pad(t) if self._cut(n, t) else t for n, t in tensors.items()}
+        padded = {n: packing.pad(t, self.pad_values.get(n, 0.0)) if self._cut(n, t) else t for n, t in tensors.items()}
         out, state = run(**padded, **options)
         return packing.unpad(out), state
 
@@ -123,9 +128,10 @@ class Op:
         blank = self.meta(tensors, options, 1)
         for n, piece in packing.split():
             own = {name: t[:, piece] if self._cut(name, t) else t for name, t in tensors.items()}
-            own["state"] = None if tensors["state"] is None else tensors["state"][n : n + 1]
+            if "state" in tensors:
+                own["state"] = None if tensors["state"] is None else tensors["state"][n : n + 1]
             if piece.start == piece.stop:
-                states.append(torch.zeros_like(blank[1]) if own["state"] is None else own["state"])
+                states.append(torch.zeros_like(blank[1]) if own.get("state") is None else own["state"])
                 continue
             out, state = run(**own, **options)
             outs.append(out)
@@ -163,11 +169,11 @@ class Op:
             # the body of a custom op runs below autograd; this one differentiates by recomputing, so it lifts itself back
             autograd = torch._C.DispatchKey.AutogradFunctionality
             with torch.enable_grad(), torch._C._SetExcludeDispatchKeyGuard(autograd, False):
-                leaves = {n: None if t is None else t.detach().requires_grad_() for n, t in tensors.items()}
+                leaves = {n: t.detach().requires_grad_() if _differentiable(t) else t for n, t in tensors.items()}
                 outs = self.execute(leaves, options, packing, backend)
-                inputs = [t for t in leaves.values() if t is not None]
-                grads = torch.autograd.grad(outs, inputs, (grad_out, grad_state), allow_unused=True)
-            return [_own(torch.zeros_like(t) if g is None else g) for g, t in zip(grads, inputs, strict=True)]
+                inputs = [t for t in leaves.values() if _differentiable(t)]
+                grads = torch.autograd.grad(outs, inputs, (grad_out, grad_state), allow_unused=True, materialize_grads=True)
+            return [_own(g) for g in grads]
 
         @forward.register_fake
         def _(*args):
@@ -176,7 +182,7 @@ class Op:
 
         @backward.register_fake
         def _(grad_out, grad_state, *args):
-            return [_own(torch.empty_like(t)) for t in self._unpack(args)[0].values() if t is not None]
+            return [_own(torch.empty_like(t)) for t in self._unpack(args)[0].values() if _differentiable(t)]
 
         def save(ctx, inputs, output):
             count = len(self.names) + 1
@@ -186,10 +192,14 @@ class Op:
         def gradient(ctx, grad_out, grad_state):
             saved = ctx.saved_tensors
             grads = iter(backward(grad_out, grad_state, *saved, *ctx.rest))
-            return (*(None if t is None else next(grads) for t in saved[:-1]), *[None] * (len(ctx.rest) + 1))
+            return (*(next(grads) if _differentiable(t) else None for t in saved[:-1]), *[None] * (len(ctx.rest) + 1))
 
         forward.register_autograd(gradient, setup_context=save)
         return forward
+
+
+def _differentiable(x: Tensor | None) -> bool:
+    return x is not None and (x.is_floating_point() or x.is_complex())
 
 
 def _own(x: Tensor) -> Tensor:
