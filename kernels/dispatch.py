@@ -53,6 +53,7 @@ class Op:
         along_time: names of the tensors that are cut up when a row is packed (those of them with 3 dimensions or more).
         meta: `(tensors, options, sequences) -> (out, state)` empty tensors of the right shapes and dtypes.
         pad_values: what stands behind a sequence's end where 0 is not neutral, by argument name.
+        packed: `chunked` on a packed row as it lies, `(packing, **tensors, **options)`; without it the row is padded.
         opaque: `torch.compile` sees one node (for loops over time); False lets it trace plain torch code and fuse it.
         cases: name -> `(generator, batch, length, dtype) -> keyword arguments`; tests and benchmarks draw from these.
         call: the public function.
@@ -66,6 +67,7 @@ class Op:
     along_time: tuple[str, ...]
     meta: Callable
     pad_values: dict[str, float] = field(default_factory=dict)
+    packed: Callable | None = None
     opaque: bool = True
     cases: dict[str, Callable] = field(default_factory=dict)
     call: Callable | None = None
@@ -75,6 +77,7 @@ class Op:
             raise ValueError(f"operator {self.name!r} is registered twice")
         OPS[self.name] = self
         self.names = tuple(t.rstrip("?") for t in self.tensors)
+        self.recurrent = "state" in self.names  # otherwise the second result, if any, is per token
         self.custom_op = self._define()
 
     # -- choosing -----------------------------------------------------------------------------------------------------
@@ -90,7 +93,7 @@ class Op:
         backend = _preferred if backend == "auto" else backend
         obstacle = self.fused_obstacle(tensors)
         if backend == "auto":
-            return "reference" if length == 1 else "chunked" if obstacle else "fused"
+            return "reference" if length == 1 and self.recurrent else "chunked" if obstacle else "fused"
         if backend == "fused" and obstacle:
             raise BackendError(f"{self.name}: fused cannot run: {obstacle}. Use backend='auto' or 'chunked'.")
         return backend
@@ -115,8 +118,12 @@ class Op:
             return run(**tensors, **options)
         if backend == "reference":
             return self._one_by_one(run, tensors, options, packing)
+        if backend == "chunked" and self.packed is not None:
+            return self.packed(packing, **tensors, **options)
         padded = {n: packing.pad(t, self.pad_values.get(n, 0.0)) if self._cut(n, t) else t for n, t in tensors.items()}
         out, state = run(**padded, **options)
+        if not self.recurrent and state is not None:
+            state = packing.unpad(state)
         return packing.unpad(out), state
 
     def _cut(self, name: str, tensor: Tensor | None) -> bool:
@@ -128,15 +135,16 @@ class Op:
         blank = self.meta(tensors, options, 1)
         for n, piece in packing.split():
             own = {name: t[:, piece] if self._cut(name, t) else t for name, t in tensors.items()}
-            if "state" in tensors:
+            if self.recurrent:
                 own["state"] = None if tensors["state"] is None else tensors["state"][n : n + 1]
             if piece.start == piece.stop:
-                states.append(torch.zeros_like(blank[1]) if own.get("state") is None else own["state"])
+                if self.recurrent:
+                    states.append(torch.zeros_like(blank[1]) if own["state"] is None else own["state"].to(blank[1].dtype))
                 continue
             out, state = run(**own, **options)
             outs.append(out)
             states.append(state)
-        return torch.cat(outs, dim=1), torch.cat(states)
+        return torch.cat(outs, dim=1), None if states[0] is None else torch.cat(states, dim=0 if self.recurrent else 1)
 
     # -- compiling ----------------------------------------------------------------------------------------------------
 
