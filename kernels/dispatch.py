@@ -43,7 +43,7 @@ class Op:
     """One operator: its backends, its arguments and how to draw inputs for it.
 
     A backend is a function `(**tensors, **options) -> (out, state)` on rows `[B, T, ...]` without packing. An operator that
-    carries nothing returns something else of its own (attention: the log-sum-exp) in the place of the state.
+    carries nothing returns something else of its own per token (attention: the log-sum-exp), or None, in the place of the state.
 
     Args:
         name: of the public function and of the custom op `zoo::<name>`.
@@ -51,7 +51,7 @@ class Op:
         tensors: argument names in order; a trailing `?` marks one that may be None. A recurrence calls its state `state`.
         options: names of the other arguments with their schema types, e.g. `{"scale": "float"}`.
         along_time: names of the tensors that are cut up when a row is packed (those of them with 3 dimensions or more).
-        meta: `(tensors, options, sequences) -> (out, state)` empty tensors of the right shapes and dtypes.
+        meta: `(tensors, options, sequences) -> (out, state)` empty tensors of the right shapes and dtypes; None is as above.
         pad_values: what stands behind a sequence's end where 0 is not neutral, by argument name.
         packed: `chunked` on a packed row as it lies, `(packing, **tensors, **options)`; without it the row is padded.
         opaque: `torch.compile` sees one node (for loops over time); False lets it trace plain torch code and fuse it.
@@ -165,7 +165,7 @@ class Op:
         def forward(*args):
             tensors, options, packing, backend = self._unpack(args)
             out, state = self.execute(tensors, options, packing, backend)
-            return _own(out), _own(state)
+            return _present(out, state)
 
         @torch.library.custom_op(
             f"zoo::{self.name}_backward",
@@ -180,13 +180,15 @@ class Op:
                 leaves = {n: t.detach().requires_grad_() if _differentiable(t) else t for n, t in tensors.items()}
                 outs = self.execute(leaves, options, packing, backend)
                 inputs = [t for t in leaves.values() if _differentiable(t)]
-                grads = torch.autograd.grad(outs, inputs, (grad_out, grad_state), allow_unused=True, materialize_grads=True)
+                outs = [(out, grad) for out, grad in zip(outs, (grad_out, grad_state), strict=True) if out is not None]
+                outs, cotangents = zip(*outs, strict=True)
+                grads = torch.autograd.grad(outs, inputs, cotangents, allow_unused=True, materialize_grads=True)
             return [_own(g) for g in grads]
 
         @forward.register_fake
         def _(*args):
             tensors, options, packing, _ = self._unpack(args)
-            return self.meta(tensors, options, tensors[self.names[0]].shape[0] if packing is None else packing.count)
+            return _present(*self.meta(tensors, options, tensors[self.names[0]].shape[0] if packing is None else packing.count))
 
         @backward.register_fake
         def _(grad_out, grad_state, *args):
@@ -208,6 +210,11 @@ class Op:
 
 def _differentiable(x: Tensor | None) -> bool:
     return x is not None and (x.is_floating_point() or x.is_complex())
+
+
+def _present(out: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A custom op returns tensors: an absent state is an empty one."""
+    return _own(out), out.new_empty(0) if state is None else _own(state)
 
 
 def _own(x: Tensor) -> Tensor:

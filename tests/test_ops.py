@@ -51,7 +51,8 @@ def differentiable(given: dict) -> dict:
 
 
 def run(op, given: dict, **kwargs) -> list[Tensor]:
-    return [x for x in op.call(**given, **kwargs) if x is not None]
+    outs = op.call(**given, **kwargs)
+    return [outs] if isinstance(outs, Tensor) else [x for x in outs if x is not None]
 
 
 def thrice(op, given: dict) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
@@ -130,6 +131,8 @@ def test_pieces_equal_the_whole(op, draw):
 @every_case
 def test_packed_equals_separate(op, draw):
     """Documents in one row never see one another, gradients included; an empty one hands its state on."""
+    if "packing" not in inspect.signature(op.call).parameters:
+        return
     lengths = [1, 5, 0, CHUNK, CHUNK + 3]
     packing = Packing.from_lengths(lengths)
     given = inputs(draw, 1, sum(lengths))
@@ -167,7 +170,9 @@ def test_inputs_are_kept_and_strides_do_not_matter(op, draw):
     for backend in ("reference", "chunked"):
         expected = run(op, given, backend=backend)
         exact = run(op, cast(given, torch.float64), backend="reference")
-        strided = {n: v.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(v, Tensor) and v.ndim > 1 else v for n, v in given.items()}
+        strided = {
+            n: v.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(v, Tensor) and v.ndim > 1 else v for n, v in given.items()
+        }
         for x, p, r in zip(run(op, strided, backend=backend), expected, exact, strict=True):
             assert_close(x, p, r, f"{backend} strided")
         again = run(op, given, backend=backend)

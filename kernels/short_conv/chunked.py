@@ -1,4 +1,7 @@
-"""The same for all tokens at once: W shifted products, which a compiler fuses into one pass over x.
+"""The same for all tokens at once, by torch's depthwise convolution.
+
+It is called in two dimensions, as an image one pixel high with channels innermost: that layout is `[B, T, D]` itself, and
+on a CPU it is several times faster than `conv1d`, which wants time innermost.
 
 A packed row is given room before every sequence for the inputs that sequence carries over. One convolution over the
 stretched row then serves all sequences, and their windows lie in it ready to be read.
@@ -6,6 +9,7 @@ stretched row then serves all sequences, and their windows lie in it ready to be
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
@@ -37,10 +41,7 @@ def packed(packing: Packing, x, weight, bias, state, activation: str | None) -> 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Outputs wherever the window is full: `[B, T, D]` -> `[B, T - W + 1, D]`, in the accumulator's dtype."""
-    width, acc = weight.shape[1], accumulator(x.dtype)
-    length = x.shape[1] - width + 1
-    x, weight = x.to(acc), weight.to(acc)
-    out = x[:, :length] * weight[:, 0]
-    for w in range(1, width):
-        out = torch.addcmul(out, x[:, w : w + length], weight[:, w])
+    acc = accumulator(x.dtype)
+    image = x.to(acc).transpose(1, 2).unsqueeze(2)  # [B, D, 1, T] with channels innermost
+    out = conv2d(image, weight.to(acc)[:, None, None], groups=weight.shape[0]).squeeze(2).transpose(1, 2)
     return out if bias is None else out + bias.to(acc)
