@@ -1,0 +1,28 @@
+"""A zoo of efficient sequence architectures behind one interface."""
+
+from zoo import ops
+from zoo.auto import from_config, from_pretrained
+from zoo.cache import ZooCache
+from zoo.config import ZooConfig
+from zoo.mixer import Mixer, State, Traits
+from zoo.registry import (
+    build_config,
+    list_channel_mixers,
+    list_mixers,
+    list_models,
+    list_presets,
+    load_all,
+    register,
+    register_channel_mixer,
+)
+
+__version__ = "0.1.0"
+
+load_all()
+
+from zoo.models import HybridConfig  # noqa: E402  (the catalogue is complete only now)
+
+__all__ = [
+    "HybridConfig", "Mixer", "State", "Traits", "ZooCache", "ZooConfig", "build_config", "from_config", "from_pretrained",
+    "list_channel_mixers", "list_mixers", "list_models", "list_presets", "ops", "register", "register_channel_mixer",
+]  # fmt: skip

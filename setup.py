@@ -1,0 +1,38 @@
+"""Packaging: three folders of the tree, `zoo`, `models` and `kernels`, are one package in Python."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, find_packages, setup
+
+ROOT = Path(__file__).parent
+
+
+def under(package: str, folder: str) -> list[str]:
+    """The package mapped to `folder`, and all packages in it."""
+    return [package, *(f"{package}.{found}" for found in find_namespace_packages(str(ROOT / folder), exclude=["*__pycache__*"]))]
+
+
+setup(
+    name="seqzoo",
+    version=re.search(r'__version__ = "(.+)"', (ROOT / "zoo" / "__init__.py").read_text()).group(1),
+    description="Efficient sequence architectures behind one interface: load, convert, train, serve",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=[
+        *find_packages(str(ROOT), include=["zoo", "zoo.*"], exclude=["zoo.models*", "zoo.kernels*"]),
+        *under("zoo.models", "models"),
+        *under("zoo.kernels", "kernels"),
+    ],
+    package_dir={"zoo": "zoo", "zoo.models": "models", "zoo.kernels": "kernels"},
+    install_requires=["torch>=2.11", "transformers>=5.17,<6", "safetensors", "einops", "accelerate"],
+    extras_require={
+        "demo": ["gguf", "matplotlib"],
+        "train": ["peft", "datasets", "liger-kernel"],
+        "eval": ["lm-eval"],
+        "triton": ["triton"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "gguf", "matplotlib", "peft"],
+    },
+)

@@ -1,0 +1,62 @@
+"""Models by name and by path."""
+
+import os
+
+from transformers import AutoConfig
+
+from zoo import registry
+from zoo.config import ZooConfig
+
+TASKS = {
+    "base": "Model",
+    "causal_lm": "ForCausalLM",
+    "masked_lm": "ForMaskedLM",
+    "sequence_classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+}
+
+
+def model_class(config: ZooConfig, task: str | None = None) -> type:
+    """The class of `config`'s architecture for a task; by default the language model its direction allows."""
+    task = task or ("causal_lm" if config.causal else "masked_lm")
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
+    return registry.get(config.name).models[TASKS[task]]
+
+
+def from_config(name: str | ZooConfig, *, task: str | None = None, **fields):
+    """A freshly initialised model.
+
+    Args:
+        name: an architecture (`"gla"`), a preset (`"gla-340m"`) or a config.
+        task: causal_lm, masked_lm, sequence_classification, token_classification or base.
+        fields: config fields on top, when `name` is a string.
+    """
+    if isinstance(name, ZooConfig):
+        if fields:
+            raise ValueError(f"from_config got a config and also fields {sorted(fields)}; set them on the config")
+        config = name
+    else:
+        config = registry.build_config(name, **fields)
+    return model_class(config, task)(config)
+
+
+def from_pretrained(path_or_id: str | os.PathLike, *, task: str | None = None, **kwargs):
+    """A model with its weights, from a folder or a Hub id.
+
+    Args:
+        path_or_id: a zoo checkpoint, or one in a foreign layout that `zoo.layouts()` lists, which is translated.
+        task: as in `from_config`; by default what the checkpoint was saved as.
+        kwargs: of transformers' `from_pretrained`: dtype, device_map, revision, token, cache_dir...
+    """
+    hub = {n: kwargs[n] for n in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if n in kwargs}
+    config = AutoConfig.from_pretrained(path_or_id, **hub)
+    if not isinstance(config, ZooConfig):
+        from zoo.layouts import load_foreign
+
+        return load_foreign(path_or_id, config, task=task, **kwargs)
+    if task is None and config.architectures:
+        saved = {cls.__name__: suffix for suffix, cls in registry.get(config.name).models.items()}
+        suffix = saved.get(config.architectures[0])
+        task = next((t for t, s in TASKS.items() if s == suffix), None)
+    return model_class(config, task).from_pretrained(path_or_id, **kwargs)

@@ -1,0 +1,58 @@
+"""One layer of a model: a sequence mixer and a channel mixer, each around a residual."""
+
+from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from zoo import registry
+from zoo.config import ZooConfig
+from zoo.kernels.packing import Packing
+from zoo.layers import make_norm
+from zoo.mixer import State
+
+CHANNEL = "channel_"  # prefix of the channel mixer's share of the state
+
+
+class Block(GradientCheckpointingLayer):
+    """`x + mixer(norm(x))`, then `x + channel_mixer(norm(x))`; with `post_norm` the norms follow the sums."""
+
+    def __init__(self, config: ZooConfig, layer: int):
+        super().__init__()
+        self.mixer = registry.get(config.name).mixer(config, layer)
+        self.mixer_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.post_norm = config.post_norm
+        self.channel_mixer = None
+        if config.channel_mixer is not None:
+            self.channel_mixer = registry.get_channel_mixer(config.channel_mixer)(config, **config.channel_args or {})
+            self.channel_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, state: State | None = None, packing: Packing | None = None, carry: Tensor | None = None
+    ) -> tuple[Tensor, State, Tensor | None]:
+        mixer_state, channel_state = split_state(state)
+        inner = x if self.post_norm else self.mixer_norm(x)
+        if self.mixer.traits.carry:
+            y, new_state, carry = self.mixer(inner, mixer_state, packing, carry)
+        else:
+            y, new_state = self.mixer(inner, mixer_state, packing)
+        x = self.mixer_norm(x + y) if self.post_norm else x + y
+        if self.channel_mixer is not None:
+            y, channel_state = self.channel_mixer(x if self.post_norm else self.channel_norm(x), channel_state, packing)
+            x = self.channel_norm(x + y) if self.post_norm else x + y
+            new_state = new_state | {CHANNEL + name: t for name, t in channel_state.items()}
+        return x, new_state, carry
+
+    def initial_state(self, batch: int, length: int, dtype, device) -> State:
+        """The joint state of both mixers; see `Mixer.initial_state`."""
+        state = self.mixer.initial_state(batch, length, dtype, device)
+        if self.channel_mixer is None:
+            return state
+        channel = self.channel_mixer.initial_state(batch, length, dtype, device)
+        return state | {CHANNEL + name: t for name, t in channel.items()}
+
+
+def split_state(state: State | None) -> tuple[State | None, State | None]:
+    """The mixer's and the channel mixer's share."""
+    if state is None:
+        return None, None
+    channel = {name.removeprefix(CHANNEL): t for name, t in state.items() if name.startswith(CHANNEL)}
+    return {name: t for name, t in state.items() if not name.startswith(CHANNEL)}, channel

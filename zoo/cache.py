@@ -1,0 +1,128 @@
+"""The states of a model's layers as a transformers cache."""
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from zoo.mixer import State
+
+
+class StateLayer(CacheLayerMixin):
+    """One layer's state: named tensors, each with the batch as its first dimension."""
+
+    is_compileable = False
+    supports_early_init = False
+
+    def __init__(self):
+        super().__init__()
+        self.state: State | None = None
+        self.seen = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise TypeError("a zoo cache holds states, not keys and values; the model fills it")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        raise TypeError("a zoo cache holds states, not keys and values; the model fills it")
+
+    def store(self, state: State, tokens: int) -> None:
+        """Keep `state` after `tokens` more columns: in place where shapes allow and no gradient is wanted."""
+        for name, new in state.items():
+            old = None if self.state is None else self.state.get(name)
+            in_place = old is not None and old is not new and old.shape == new.shape and not (new.requires_grad or old.requires_grad)
+            if in_place:
+                state[name] = old.copy_(new)
+        self.state = state
+        self.is_initialized = True
+        self.seen += tokens
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state, self.seen, self.is_initialized = None, 0, False
+
+    def offload(self) -> None:
+        self._map(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        raise TypeError("a zoo cache does not prefetch; offload a model with device_map instead")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise ValueError("a recurrent state cannot be cropped: what it has absorbed cannot be taken back")
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self.state is None else next(iter(self.state.values())).shape[0]
+
+    def _map(self, function) -> None:
+        if self.state is not None:
+            self.state = {name: function(t) for name, t in self.state.items()}
+
+
+class ZooCache(DynamicCache):
+    """One state per layer; select, repeat, reorder, reset and length act on all of them.
+
+    Args:
+        layers: number of layers of the model.
+        max_length: reserve room for this many tokens at once, so that growing states keep their addresses while decoding.
+    """
+
+    def __init__(self, layers: int, max_length: int | None = None):
+        Cache.__init__(self, layers=[StateLayer() for _ in range(layers)])
+        self.max_length = max_length
+        self.lengths: Tensor | None = None  # [B] tokens seen per sequence, pads not counted
+
+    def count(self, tokens: Tensor) -> None:
+        """Add to the number of tokens seen, `[B]`."""
+        self.lengths = tokens.clone() if self.lengths is None else self.lengths + tokens
+
+    def nbytes(self) -> int:
+        """Bytes held by all states."""
+        return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.state or {}).values())
+
+    def reset(self) -> None:
+        super().reset()
+        self.lengths = None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self.lengths = self.lengths[beam_idx.to(self.lengths.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self.lengths = self.lengths.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self.lengths = self.lengths[indices.to(self.lengths.device)]
+
+
+def check_cache(cache, layers: int) -> ZooCache:
+    """The cache, or an error that says how to make a right one."""
+    if not isinstance(cache, ZooCache):
+        raise TypeError(f"past_key_values is a {type(cache).__name__}; pass a zoo.ZooCache({layers}) or what the model returned")
+    if len(cache.layers) != layers:
+        raise ValueError(f"past_key_values has {len(cache.layers)} layers, the model {layers}")
+    return cache
+
+
+def room(state: State | None, block, cache: ZooCache | None, batch: int, dtype: torch.dtype, device) -> State | None:
+    """The state a layer starts from: with a reserving cache, buffers of their final size at the first call."""
+    if state is None and cache is not None and cache.max_length is not None:
+        return block.initial_state(batch, cache.max_length, dtype, device)
+    return state

@@ -1,0 +1,134 @@
+"""Channel mixers: what follows the sequence mixer in a block. Same contract, `(x, state, packing) -> (y, state)`."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from zoo.config import ZooConfig
+from zoo.kernels.packing import Packing
+from zoo.layers import token_shift
+from zoo.mixer import Layer, State
+from zoo.registry import register_channel_mixer
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+
+
+def activation(name: str):
+    """The function of this name, or an error listing those known."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+class ChannelMixer(Layer):
+    """A channel mixer without a state, unless a subclass says otherwise."""
+
+    lora_targets: tuple[str, ...] = ("up_proj", "down_proj")
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype, device) -> State:
+        return {}
+
+
+@register_channel_mixer("swiglu")
+class GatedMLP(ChannelMixer):
+    """`down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202). Default width: 8/3 D rounded up to a multiple of 64."""
+
+    lora_targets = ("gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, config: ZooConfig, *, act: str = "silu", bias: bool = False, intermediate_size: int | None = None):
+        super().__init__()
+        width = config.hidden_size
+        inner = intermediate_size or config.intermediate_size or -(-8 * width // 3 // 64) * 64
+        self.act = activation(act)
+        self.gate_proj = nn.Linear(width, inner, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x)), {}
+
+
+@register_channel_mixer("mlp")
+class MLP(ChannelMixer):
+    """`down(act(up(x)))` (Vaswani et al. 2017, arXiv:1706.03762, eq. 2). Default width: 4 D."""
+
+    def __init__(self, config: ZooConfig, *, act: str = "gelu", bias: bool = True):
+        super().__init__()
+        inner = config.intermediate_size or 4 * config.hidden_size
+        self.act = activation(act)
+        self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        return self.down_proj(self.act(self.up_proj(x))), {}
+
+
+@register_channel_mixer("rwkv")
+class RWKVChannelMix(ChannelMixer):
+    """RWKV's channel mixing: the token before is mixed in, then `value(relu(key)^2)`, gated by a receptance.
+
+    RWKV-4 (arXiv:2305.13048, eq. 16-18) has the receptance and a width of 4 D, RWKV-5/6 3.5 D; RWKV-7 (arXiv:2503.14456,
+    section 4) drops the receptance. State: `shift` `[B, 1, D]`, the last token.
+    """
+
+    lora_targets = ("key", "value", "receptance")
+
+    def __init__(self, config: ZooConfig, *, receptance: bool = True):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
+        self.width = width
+        self.key_mix = nn.Parameter(torch.empty(width))
+        self.key = nn.Linear(width, inner, bias=False)
+        self.value = nn.Linear(inner, width, bias=False)
+        self.receptance = nn.Linear(width, width, bias=False) if receptance else None
+        self.receptance_mix = nn.Parameter(torch.empty(width)) if receptance else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for mix in (self.key_mix, self.receptance_mix):
+            if mix is not None:
+                init.copy_(mix, torch.linspace(0, 1, self.width))
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype, device) -> State:
+        return {"shift": torch.zeros(batch, 1, self.width, dtype=dtype, device=device)}
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        before, shift = token_shift(x, state["shift"] if state else None, packing)
+        y = self.value(F.relu(self.key(torch.lerp(before, x, self.key_mix))).square())
+        if self.receptance is not None:
+            y = torch.sigmoid(self.receptance(torch.lerp(before, x, self.receptance_mix))) * y
+        return y, {"shift": shift}
+
+
+@register_channel_mixer("moe")
+class MixtureOfExperts(ChannelMixer):
+    """Each token goes to its `top_k` of `experts` gated MLPs, weighted by the router; a shared expert sees all tokens.
+
+    Switch and Mixtral routing (arXiv:2101.03961, eq. 1-2; arXiv:2401.04088, section 2.1), shared expert of DeepSeekMoE
+    (arXiv:2401.06066, eq. 9). `normalize`: the chosen weights sum to one.
+    """
+
+    lora_targets = ("gate_proj", "up_proj", "down_proj")
+
+    def __init__(self, config: ZooConfig, *, experts: int = 8, top_k: int = 2, expert_size: int | None = None,
+                 shared_size: int | None = None, normalize: bool = True, act: str = "silu"):  # fmt: skip
+        super().__init__()
+        if not 1 <= top_k <= experts:
+            raise ValueError(f"moe: top_k={top_k} must lie between 1 and experts={experts}")
+        self.top_k, self.normalize = top_k, normalize
+        self.router = nn.Linear(config.hidden_size, experts, bias=False)
+        self.experts = nn.ModuleList(GatedMLP(config, act=act, intermediate_size=expert_size) for _ in range(experts))
+        self.shared = GatedMLP(config, act=act, intermediate_size=shared_size) if shared_size else None
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        tokens = x.flatten(0, -2)
+        weights, chosen = self.router(tokens).float().softmax(-1).topk(self.top_k, dim=-1)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        y = torch.zeros_like(tokens) if self.shared is None else self.shared(tokens)[0]
+        for index, expert in enumerate(self.experts):
+            row, rank = (chosen == index).nonzero(as_tuple=True)
+            out, _ = expert(tokens[row])
+            y = y.index_add(0, row, (weights[row, rank, None] * out).to(y.dtype))
+        return y.view_as(x), {}

@@ -1,0 +1,92 @@
+"""What a checkpoint says about its architecture: shared sizes, and for each layer its mixer and channel mixer."""
+
+import dataclasses
+import difflib
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+# what transformers itself writes into or passes beside a config without declaring it as a field
+_FOREIGN = {
+    "_name_or_path", "_commit_hash", "name_or_path", "model_type", "torch_dtype", "num_labels", "auto_map", "attn_implementation",
+    "experts_implementation", "output_attentions", "quantization_config", "_attn_implementation_internal",
+    "_experts_implementation_internal", "_output_attentions", "max_length", "zoo_version",
+}  # fmt: skip
+
+
+def nearest(name: str, known) -> str:
+    """` (did you mean 'x'?)` for the closest known name, or an empty string."""
+    close = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+@strict
+class ZooConfig(PreTrainedConfig):
+    """Fields every architecture shares. A family's config adds the few fields of its mixer.
+
+    Unknown fields are errors. No field is about speed: backends are chosen at the call.
+    """
+
+    name: ClassVar[str] = ""  # registry name, set by `register`
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 32000
+    hidden_size: int = 1024  # D
+    num_hidden_layers: int = 24
+    causal: bool = True  # False: every token sees the whole sequence, where the mixer can
+    channel_mixer: str | None = "swiglu"  # a name of zoo.list_channel_mixers(), None for a block without one
+    channel_args: dict | None = None  # further arguments of the channel mixer
+    intermediate_size: int | None = None  # width inside the channel mixer; None: the channel mixer's own rule
+    norm: str = "rmsnorm"  # rmsnorm, layernorm, or unit_rmsnorm (weight stored as offset from one)
+    norm_eps: float = 1e-5
+    post_norm: bool = False  # normalise after the residual sum instead of before the mixer
+    embedding_norm: bool = False  # a norm between embedding and first block
+    embedding_scale: float = 1.0  # embeddings are multiplied by this
+    max_position_embeddings: int | None = None  # rows of a learned position table; None: no table, any length
+    logit_softcap: float | None = None  # c tanh(logits / c)
+    initializer_range: float = 0.02  # standard deviation of linear and embedding weights
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        fields = {f.name for f in dataclasses.fields(self)}
+        for key in kwargs:
+            if key not in _FOREIGN:
+                raise ValueError(f"{type(self).__name__} has no field {key!r}{nearest(key, fields)}")
+        for key in ("max_length", "zoo_version"):
+            kwargs.pop(key, None)
+        super().__post_init__(**kwargs)
+
+    def validate_sizes(self):
+        """Sizes must be positive."""
+        for field in ("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings"):
+            value = getattr(self, field)
+            if value is not None and value <= 0:
+                raise ValueError(f"{type(self).__name__}: {field} is {value}, it must be positive")
+
+    def validate_norm(self):
+        """The norm must be one the block can build."""
+        if self.norm not in ("rmsnorm", "layernorm", "unit_rmsnorm"):
+            raise ValueError(f"{type(self).__name__}: norm {self.norm!r} is unknown; choose rmsnorm, layernorm or unit_rmsnorm")
+
+    def shared_fields(self) -> dict[str, Any]:
+        """The fields of ZooConfig itself, which a hybrid hands to the configs of its layers."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(ZooConfig) if f.name in _SHARED}
+
+    def layer_configs(self) -> list["ZooConfig"]:
+        """The config of every layer, in order; its class's `name` says which mixer. A pure model repeats itself."""
+        return [self] * self.num_hidden_layers
+
+    def divide(self, whole: str, parts: str) -> int:
+        """`whole / parts` for two field names, or an error that names both."""
+        total, count = getattr(self, whole), getattr(self, parts)
+        if count <= 0 or total % count:
+            raise ValueError(f"{type(self).__name__}: {whole}={total} is not divisible by {parts}={count}")
+        return total // count
+
+
+_SHARED = {f.name for f in dataclasses.fields(ZooConfig)} - {f.name for f in dataclasses.fields(PreTrainedConfig)}

@@ -1,0 +1,143 @@
+"""Small parts that several architectures are made of."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from zoo import ops
+from zoo.kernels.packing import Packing
+from zoo.mixer import Layer
+
+
+class RMSNorm(Layer):
+    """`x / rms(x) * weight` over the last dimension; with `unit_offset` the stored weight is added to one."""
+
+    def __init__(self, width: int, eps: float = 1e-5, unit_offset: bool = False):
+        super().__init__()
+        self.eps, self.unit_offset = eps, unit_offset
+        self.weight = nn.Parameter(torch.empty(width))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.gated_norm(x, 1.0 + wide(self.weight) if self.unit_offset else self.weight, eps=self.eps)
+
+
+class GatedNorm(Layer):
+    """Norm over each of `groups` equal parts of the width, times a weight, times `activation(gate)` where a gate is given.
+
+    Args: kind: "rms" or "layer"; elementwise: whether there is a weight, one for the whole width; bias: only with "layer".
+    """
+
+    def __init__(self, width: int, *, groups: int = 1, kind: str = "rms", eps: float = 1e-5, activation: str = "silu",
+                 norm_before_gate: bool = True, elementwise: bool = True, bias: bool = False):  # fmt: skip
+        super().__init__()
+        self.options = {"groups": groups, "kind": kind, "eps": eps, "activation": activation, "norm_before_gate": norm_before_gate}
+        self.weight = nn.Parameter(torch.empty(width)) if elementwise else None
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            init.ones_(self.weight)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return ops.gated_norm(x, self.weight, gate, bias=self.bias, **self.options)
+
+
+def make_norm(kind: str, width: int, eps: float) -> nn.Module:
+    """The norm a config names."""
+    if kind == "layernorm":
+        return nn.LayerNorm(width, eps=eps)
+    return RMSNorm(width, eps, unit_offset=kind == "unit_rmsnorm")
+
+
+class ShortConv(Layer):
+    """Causal depthwise convolution over the last `kernel` tokens; its state is the `kernel - 1` inputs before, `[B, W - 1, D]`."""
+
+    def __init__(self, width: int, kernel: int = 4, bias: bool = False, activation: str | None = "silu"):
+        super().__init__()
+        self.width, self.kernel, self.activation = width, kernel, activation
+        self.weight = nn.Parameter(torch.empty(width, kernel))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1 / math.sqrt(self.kernel)  # as torch initialises a depthwise convolution
+        init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            init.uniform_(self.bias, -bound, bound)
+
+    def initial_state(self, batch: int, dtype: torch.dtype, device) -> Tensor:
+        return torch.zeros(batch, self.kernel - 1, self.width, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, state: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
+        return ops.short_conv(x, self.weight, self.bias, activation=self.activation, state=state, packing=packing)
+
+
+class LowRank(nn.Module):
+    """`up(activation(down(x)))`, a linear map of small rank; the bias belongs to `up`."""
+
+    def __init__(self, width: int, rank: int, out: int, activation=None, bias: bool = True):
+        super().__init__()
+        self.down = nn.Linear(width, rank, bias=False)
+        self.up = nn.Linear(rank, out, bias=bias)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.down(x)
+        return self.up(hidden if self.activation is None else self.activation(hidden))
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or as it is in float64: for gates and decays, which must not be rounded to half precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """`[B, T, H * K] -> [B, T, H, K]`, a view."""
+    return x.unflatten(-1, (heads, -1))
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """`[B, T, H, K] -> [B, T, H * K]`."""
+    return x.flatten(-2)
+
+
+def rotary(x: Tensor, positions: Tensor, theta: float = 10000.0, fraction: float = 1.0) -> Tensor:
+    """Rotate pairs of channels by angles proportional to position (RoFormer, arXiv:2104.09864, eq. 34; halves as in Llama).
+
+    Args:
+        x: `[B, T, H, K]`.
+        positions: `[B, T]` integers.
+        fraction: share of the channels that turn, the first ones.
+    """
+    width = int(x.shape[-1] * fraction) // 2 * 2
+    turned, kept = x[..., :width], x[..., width:]
+    frequencies = theta ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
+    angles = positions.unsqueeze(-1).float() * frequencies
+    cos, sin = (f(angles).unsqueeze(2).to(x.dtype) for f in (torch.cos, torch.sin))
+    first, second = turned.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, kept], dim=-1)
+
+
+def token_shift(x: Tensor, state: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
+    """The token before each token, zeros (or `state` `[B, 1, D]`) before the first; and the state after, the last token."""
+    weight = x.new_zeros(x.shape[-1], 2)
+    weight[:, 0] = 1.0
+    return ops.short_conv(x, weight, state=state, packing=packing)
+
+
+def token_positions(x: Tensor, seen: Tensor | None = None, packing: Packing | None = None) -> Tensor:
+    """`[B, T]`: position of every token in its own sequence. `seen` `[B]` (or one per packed sequence) came before."""
+    if packing is not None:
+        positions = packing.positions if seen is None else packing.positions + seen[packing.seq_idx]
+        return positions.unsqueeze(0)
+    positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+    return positions if seen is None else positions + seen.unsqueeze(1)

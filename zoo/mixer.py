@@ -1,0 +1,87 @@
+"""The contract every architecture fulfils."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from zoo.config import ZooConfig
+from zoo.kernels.packing import Packing
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a mixer can do. A denied capability raises when asked for; the tests assert that it does.
+
+    Args:
+        causal: output t depends on inputs up to t only (with `config.causal`).
+        bidirectional: `config.causal = False` is supported.
+        constant_state: the state's size does not grow with the sequence.
+        carry: `forward` takes and returns a fourth value, a tensor handed from layer to layer within one pass.
+    """
+
+    causal: bool = True
+    bidirectional: bool = False
+    constant_state: bool = True
+    carry: bool = False
+
+
+class Layer(nn.Module):
+    """A module that initialises its own parameters and buffers, also after it was built on the meta device."""
+
+    def reset_parameters(self) -> None:
+        """Write initial values through `transformers.initialization`, which leaves loaded values alone."""
+
+
+class Mixer(Layer):
+    """A sequence mixer: `x [B, T, D] -> y [B, T, D]`, carrying a state.
+
+    A subclass is built as `Mixer(config, layer)` from its own config class and the index of its layer. It must treat its
+    projections as modules (call them, never read their weights), so that adapters and quantised layers can stand in for them.
+    """
+
+    traits: ClassVar[Traits] = Traits()
+    lora_targets: ClassVar[tuple[str, ...]] = ()  # names of the projections worth adapting
+
+    def __init__(self, config: ZooConfig, layer: int):
+        super().__init__()
+        if not config.causal and not self.traits.bidirectional:
+            raise ValueError(f"{type(self).__name__} is causal by nature; set causal=True or choose a bidirectional mixer")
+        self.layer = layer
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        """Mix along time: training, prefill and a single step alike.
+
+        Args:
+            x: `[B, T, D]`; with `packing` `[1, total, D]`.
+            state: what the call before returned; None starts anew. It is consumed: with gradients disabled a mixer may
+                write into it. Every tensor has the number of sequences as its first dimension.
+            packing: several sequences in one row.
+
+        Returns:
+            y like x, and the new state. With the carry trait a fourth argument comes in and a third value goes out.
+        """
+        raise TypeError(f"{type(self).__name__} does not define forward(x, state, packing)")
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
+        """The state of nothing seen, with room for `length` tokens; passing it equals passing None.
+
+        On `device="meta"` it tells names, shapes and dtypes at no cost. `dtype` is that of the activations.
+        """
+        raise TypeError(f"{type(self).__name__} does not define initial_state(batch, length, dtype, device)")
+
+    def state_bytes(self, length: int, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of one sequence's state after `length` tokens."""
+        return sum(t.numel() * t.element_size() for t in self.initial_state(1, length, dtype, "meta").values())
+
+    def operator_flops(self, length: int) -> int:
+        """FLOPs of the sequence operator over `length` tokens of one sequence, a multiply-add counting two."""
+        return 0
+
+    def flops(self, length: int) -> int:
+        """FLOPs of a forward pass over one sequence: projections and operator, without norms and activations."""
+        linears = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+        return 2 * length * linears + self.operator_flops(length)

@@ -1,0 +1,324 @@
+"""The model around the blocks, written once for every architecture."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import can_return_tuple
+
+import zoo.channel  # noqa: F401  (registers the channel mixers)
+from zoo.block import Block
+from zoo.cache import ZooCache, check_cache, room
+from zoo.config import ZooConfig
+from zoo.entry import Entry
+from zoo.layers import make_norm
+from zoo.mixer import Layer
+from zoo.saving import CheckpointMixin
+
+# what the Trainer and the flattening collator send along and a zoo model needs no more than its cu_seq_lens_q
+_ACCEPTED = {"cu_seq_lens_k", "max_length_q", "max_length_k", "return_dict", "output_attentions", "num_items_in_batch", "shift_labels"}
+
+
+class ZooPreTrainedModel(CheckpointMixin, PreTrainedModel):
+    """What all heads share: loading, saving and initialisation."""
+
+    config_class = ZooConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Block"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_compile_fullgraph = True
+    _is_stateful = True
+    _supports_sdpa = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            if module.weight is not None:
+                init.ones_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, Layer):
+            module.reset_parameters()
+
+
+class ZooModel(ZooPreTrainedModel):
+    """Token ids `[B, T]` -> hidden states `[B, T, D]`."""
+
+    def __init__(self, config: ZooConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = config.max_position_embeddings
+        self.embed_positions = None if table is None else nn.Embedding(table, config.hidden_size)
+        self.embed_norm = make_norm(config.norm, config.hidden_size, config.norm_eps) if config.embedding_norm else None
+        self.layers = nn.ModuleList(Block(layer, index) for index, layer in enumerate(config.layer_configs()))
+        self.norm = nn.Identity() if config.post_norm else make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: ZooCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the layers.
+
+        Args:
+            input_ids: `[B, T]`, or inputs_embeds `[B, T, D]`.
+            attention_mask: `[B, T]` or, continuing a cache, `[B, past + T]`; zero marks padding, on either side.
+            position_ids, cu_seq_lens_q, seq_idx: packed documents in one row; see `zoo.entry.Entry`.
+            past_key_values: a `ZooCache`, updated in place.
+            use_cache: return a cache to continue from; default `config.use_cache`, never while training.
+            output_hidden_states: return the input of every block and the final states.
+
+        Raises:
+            ValueError: both or neither of ids and embeddings, an empty batch, a mask of the wrong shape, more tokens than the
+                position table holds, packed documents together with a cache.
+        """
+        _refuse_unknown(kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        x = inputs_embeds if input_ids is None else self._embed(input_ids)
+        if x.ndim != 3 or x.numel() == 0:
+            raise ValueError(f"the batch is empty or misshapen: {list(x.shape[:2])}; expected [batch, tokens] with at least one token")
+        batch, length = x.shape[:2]
+        cache = None if past_key_values is None else check_cache(past_key_values, len(self.layers))
+        entry = Entry.open(batch, length, attention_mask, position_ids, cu_seq_lens_q, seq_idx, bool(cache and cache.get_seq_length()))
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        documents = entry.packing is not None and entry.keep is None
+        if cache is None and use_cache and not documents:
+            cache = ZooCache(len(self.layers))
+        x = self._position(entry.enter(x), entry, cache)
+
+        hidden, carry = [], None
+        for index, block in enumerate(self.layers):
+            if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
+                hidden.append(entry.leave(x))
+            state = None if cache is None else room(cache.layers[index].state, block, cache, batch, x.dtype, x.device)
+            x, state, carry = block(x, state, entry.packing, carry)
+            if cache is not None:
+                cache.layers[index].store(state, length)
+        x = entry.leave(self.norm(x))
+        if cache is not None:
+            cache.count(entry.counts(batch, length, x.device))
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache if use_cache else None,
+            hidden_states=(*hidden, x) if hidden else None,
+        )
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
+
+    def _position(self, x: Tensor, entry: Entry, cache: ZooCache | None) -> Tensor:
+        """Add learned positions and normalise the embeddings, where the config asks for it."""
+        from zoo.layers import token_positions
+
+        if self.embed_positions is not None:
+            table, longest = self.config.max_position_embeddings, x.shape[1] if entry.packing is None else max(entry.packing.lengths)
+            longest += cache.get_seq_length() if cache is not None else 0
+            if longest > table:
+                raise ValueError(f"a sequence of {longest} tokens exceeds max_position_embeddings={table}; shorten it or use a larger table")
+            x = x + self.embed_positions(token_positions(x, None if cache is None else cache.lengths, entry.packing))
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+
+class ZooGenerationMixin(GenerationMixin):
+    """`generate` with one kind of cache for every architecture, whatever its class name says."""
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs):
+        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+            return
+        kind = generation_config.cache_implementation
+        if kind not in (None, "dynamic", "static"):
+            raise ValueError(f"cache_implementation={kind!r} does not suit a zoo model; use 'dynamic' or 'static'")
+        model_kwargs["past_key_values"] = ZooCache(len(self.model.layers), max_cache_length + 1 if kind == "static" else None)
+
+
+class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
+    """Token ids `[B, T]` -> logits `[B, T, vocabulary]`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: ZooConfig):
+        super().__init__(config)
+        if not config.causal:
+            raise ValueError(f"{type(self).__name__} needs a causal model; set causal=True, or take the ForMaskedLM class")
+        self.model = self._base(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: ZooCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Next-token logits, and with `labels` `[B, T]` (-100 ignored, shifted here) the mean cross-entropy.
+
+        Args: logits_to_keep: the last so many positions, or indices; 0 keeps all. The rest as in `ZooModel.forward`.
+        """
+        out = self.model(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, return_dict=True, **_without(kwargs)
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        if self.config.logit_softcap is not None:
+            logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
+        loss = None
+        if labels is not None:
+            sums = {n: kwargs[n] for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **sums)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
+
+
+class MaskedLMHead(nn.Module):
+    """BERT's head before the decoder: dense, GELU, norm (arXiv:1810.04805)."""
+
+    def __init__(self, config: ZooConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(F.gelu(self.dense(x)))
+
+
+class ZooForMaskedLM(ZooPreTrainedModel):
+    """Token ids `[B, T]` with masked ones -> logits `[B, T, vocabulary]` for each position itself."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: ZooConfig):
+        super().__init__(config)
+        if config.causal:
+            raise ValueError(f"{type(self).__name__} needs a bidirectional model; set causal=False, or take the ForCausalLM class")
+        self.model = self._base(config)
+        self.head = MaskedLMHead(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs) -> MaskedLMOutput:
+        """Logits, and with `labels` `[B, T]` (-100 ignored, not shifted) the mean cross-entropy."""
+        out = self.model(input_ids, attention_mask, use_cache=False, return_dict=True, **_without(kwargs))
+        logits = self.lm_head(self.head(out.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
+        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+
+class ZooForSequenceClassification(ZooPreTrainedModel):
+    """Token ids `[B, T]` -> logits `[B, num_labels]`, read at the last token (at the first of a bidirectional model)."""
+
+    def __init__(self, config: ZooConfig):
+        super().__init__(config)
+        self.model = self._base(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs
+    ) -> SequenceClassifierOutputWithPast:
+        """Logits of every sequence; `attention_mask` (or `pad_token_id`) tells where it ends."""
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = (input_ids != self.config.pad_token_id).long()
+        out = self.model(input_ids, attention_mask, use_cache=False, return_dict=True, **_without(kwargs))
+        states = out.last_hidden_state
+        index = torch.zeros(states.shape[0], dtype=torch.long, device=states.device)
+        if attention_mask is not None:
+            order = torch.arange(1, states.shape[1] + 1, device=states.device) * (attention_mask != 0)
+            index = order.argmax(-1) if self.config.causal else (attention_mask != 0).int().argmax(-1)
+        elif self.config.causal:
+            index = index + states.shape[1] - 1
+        logits = self.score(states)
+        pooled = logits[torch.arange(states.shape[0], device=states.device), index]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
+        return SequenceClassifierOutputWithPast(loss=loss, logits=pooled, hidden_states=out.hidden_states)
+
+
+class ZooForTokenClassification(ZooPreTrainedModel):
+    """Token ids `[B, T]` -> logits `[B, T, num_labels]`."""
+
+    def __init__(self, config: ZooConfig):
+        super().__init__(config)
+        self.model = self._base(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs
+    ) -> TokenClassifierOutput:
+        """Logits of every token; `labels` `[B, T]` with -100 ignored."""
+        out = self.model(input_ids, attention_mask, use_cache=False, return_dict=True, **_without(kwargs))
+        logits = self.score(out.last_hidden_state)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+
+SHELLS = {
+    "Model": ZooModel,
+    "ForCausalLM": ZooForCausalLM,
+    "ForMaskedLM": ZooForMaskedLM,
+    "ForSequenceClassification": ZooForSequenceClassification,
+    "ForTokenClassification": ZooForTokenClassification,
+}
+
+
+def make_models(config: type[ZooConfig]) -> dict[str, type]:
+    """The model classes of an architecture: suffix -> class, living in the module of its config."""
+    prefix = config.__name__.removesuffix("Config")
+    classes = {}
+    for suffix, shell in SHELLS.items():
+        members = {"config_class": config, "__module__": config.__module__, "__doc__": shell.__doc__, "_base": classes.get("Model")}
+        classes[suffix] = type(prefix + suffix, (shell,), members)
+    return classes
+
+
+def _without(kwargs: dict) -> dict:
+    """The arguments a head passes on to the model."""
+    return {n: v for n, v in kwargs.items() if n not in ("num_items_in_batch", "shift_labels", "return_dict")}
+
+
+def _refuse_unknown(kwargs: dict) -> None:
+    unknown = [name for name in kwargs if name not in _ACCEPTED]
+    if unknown:
+        raise TypeError(f"forward() got unknown arguments {unknown}; a zoo model takes no others than its signature says")
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions is not available: the mixers do not form attention maps")

@@ -1,0 +1,160 @@
+"""The catalogue: architectures by name, found by listing the folder `models/`."""
+
+import importlib
+import pkgutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from zoo.config import ZooConfig, nearest
+from zoo.mixer import Mixer
+
+AUTO = {
+    "Model": AutoModel,
+    "ForCausalLM": AutoModelForCausalLM,
+    "ForMaskedLM": AutoModelForMaskedLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForTokenClassification": AutoModelForTokenClassification,
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One entry of the catalogue.
+
+    Args:
+        name: registry name, file stem, `zoo_<name>` as model type.
+        config, mixer: its classes; a mixer of None means that the config names the mixers of its layers.
+        title, paper: of the publication; `paper` is an arXiv id or another reference.
+        presets: preset name -> config fields. "tiny" is the smallest and exists for every architecture.
+        models: suffix ("Model", "ForCausalLM", ...) -> class.
+    """
+
+    name: str
+    config: type[ZooConfig]
+    mixer: type[Mixer] | None
+    title: str
+    paper: str
+    presets: dict[str, dict]
+    models: dict[str, type] = field(default_factory=dict)
+
+
+ARCHITECTURES: dict[str, Architecture] = {}
+CHANNEL_MIXERS: dict[str, type] = {}
+
+
+def register(name: str, *, config: type[ZooConfig], mixer: type[Mixer] | None, title: str, paper: str, presets: dict[str, dict]) -> Architecture:
+    """Enter an architecture; called once, at the end of its file.
+
+    Makes its model classes (`<Prefix>Model`, `<Prefix>ForCausalLM`, ..., the prefix being that of the config class), puts
+    them into the file's module, and tells transformers' Auto classes about them.
+
+    Raises:
+        ValueError: the name is taken or malformed, the config's `model_type` or class name does not follow it, or there
+            is no preset "tiny".
+    """
+    from zoo.model import make_models  # the shell needs the registry to build its layers
+
+    if name in ARCHITECTURES:
+        raise ValueError(f"architecture {name!r} is registered twice; choose another name or call zoo.registry.unregister({name!r})")
+    if not name.isidentifier() or name != name.lower():
+        raise ValueError(f"architecture name {name!r} must be a lower-case identifier")
+    if config.model_type != f"zoo_{name}" or not config.__name__.endswith("Config"):
+        raise ValueError(f"{config.__name__}: expected model_type 'zoo_{name}' and a class name ending in 'Config'")
+    if "tiny" not in presets:
+        raise ValueError(f"architecture {name!r} has no preset 'tiny'; the tests need one")
+    config.name = name
+    entry = Architecture(name, config, mixer, title, paper, presets, make_models(config))
+    AutoConfig.register(config.model_type, config)
+    module = sys.modules[config.__module__]
+    for suffix, cls in entry.models.items():
+        AUTO[suffix].register(config, cls)
+        setattr(module, cls.__name__, cls)
+    ARCHITECTURES[name] = entry
+    return entry
+
+
+def unregister(name: str) -> None:
+    """Take an architecture out of the catalogue (for tests and notebooks that redefine one)."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    entry = ARCHITECTURES.pop(get(name).name)
+    CONFIG_MAPPING._extra_content.pop(entry.config.model_type)
+    for suffix in entry.models:
+        AUTO[suffix]._model_mapping._extra_content.pop(entry.config)
+
+
+def register_channel_mixer(name: str) -> Callable[[type], type]:
+    """Class decorator: enter a channel mixer, built as `cls(config, **channel_args)`."""
+
+    def enter(cls: type) -> type:
+        if name in CHANNEL_MIXERS:
+            raise ValueError(f"channel mixer {name!r} is registered twice")
+        CHANNEL_MIXERS[name] = cls
+        return cls
+
+    return enter
+
+
+def load_all() -> None:
+    """Import every file of `models/`."""
+    import zoo.models
+
+    for module in pkgutil.iter_modules(zoo.models.__path__):
+        importlib.import_module(f"zoo.models.{module.name}")
+
+
+def get(name: str) -> Architecture:
+    """The architecture of this name, or an error that names the nearest one."""
+    if name not in ARCHITECTURES:
+        raise ValueError(f"no architecture {name!r}{nearest(name, ARCHITECTURES)}; zoo.list_models() names all {len(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def get_channel_mixer(name: str) -> type:
+    """The channel mixer of this name, or an error that names the nearest one."""
+    if name not in CHANNEL_MIXERS:
+        raise ValueError(f"no channel mixer {name!r}{nearest(name, CHANNEL_MIXERS)}; known: {', '.join(CHANNEL_MIXERS)}")
+    return CHANNEL_MIXERS[name]
+
+
+def list_models() -> list[str]:
+    """Names of all architectures."""
+    return sorted(ARCHITECTURES)
+
+
+def list_mixers() -> list[str]:
+    """Names of all architectures that bring a mixer, each usable as a layer of a hybrid."""
+    return sorted(name for name, entry in ARCHITECTURES.items() if entry.mixer is not None)
+
+
+def list_channel_mixers() -> list[str]:
+    """Names of all channel mixers."""
+    return sorted(CHANNEL_MIXERS)
+
+
+def list_presets() -> list[str]:
+    """All `<architecture>-<preset>` names that `build_config` understands."""
+    return sorted(f"{name}-{preset}" for name, entry in ARCHITECTURES.items() for preset in entry.presets)
+
+
+def build_config(name: str, **fields) -> ZooConfig:
+    """The config `name` (`"gla"`, or with a preset `"gla-340m"`), with `fields` on top."""
+    if name in ARCHITECTURES:
+        return get(name).config(**fields)
+    stem, _, preset = name.partition("-")
+    if stem not in ARCHITECTURES or not preset:
+        raise ValueError(f"no architecture or preset {name!r}{nearest(name, [*ARCHITECTURES, *list_presets()])}")
+    entry = get(stem)
+    if preset not in entry.presets:
+        raise ValueError(f"{stem!r} has no preset {preset!r}{nearest(preset, entry.presets)}; it has {', '.join(entry.presets)}")
+    return entry.config(**entry.presets[preset] | fields)
