@@ -22,7 +22,7 @@ def decayed_scores(q: Tensor, k: Tensor, q_log: Tensor, k_log: Tensor, *, strict
         `[..., C, C]` in the dtype of q.
     """
     chunk = q.shape[-2]
-    scores = q.new_zeros(*q.shape[:-1], chunk)
+    scores = q.new_zeros(*torch.broadcast_shapes(q.shape, k.shape)[:-1], chunk)
     block = min(BASE, chunk)
     _write(scores, _direct(q, k, q_log, k_log, block, strict), block, 0, 0)
     while block < chunk:
