@@ -50,7 +50,8 @@ class Op:
         reference, chunked: the backends.
         tensors: argument names in order; a trailing `?` marks one that may be None. A recurrence calls its state `state`.
         options: names of the other arguments with their schema types, e.g. `{"scale": "float"}`.
-        along_time: names of the tensors that are cut up when a row is packed (those of them with 3 dimensions or more).
+        along_time: names of the tensors that are cut up when a row is packed (those of them with 3 dimensions or more,
+            and integers and booleans with 2).
         meta: `(tensors, options, sequences) -> (out, state)` empty tensors of the right shapes and dtypes; None is as above.
         pad_values: what stands behind a sequence's end where 0 is not neutral, by argument name.
         packed: `chunked` on a packed row as it lies, `(packing, **tensors, **options)`; without it the row is padded.
@@ -127,7 +128,7 @@ class Op:
         return packing.unpad(out), state
 
     def _cut(self, name: str, tensor: Tensor | None) -> bool:
-        return tensor is not None and name in self.along_time and tensor.ndim >= 3
+        return tensor is not None and name in self.along_time and tensor.ndim >= (3 if _differentiable(tensor) else 2)
 
     def _one_by_one(self, run: Callable, tensors: dict, options: dict, packing: Packing):
         """Sequence after sequence: what packing means. An empty sequence hands its state on."""
