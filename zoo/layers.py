@@ -118,13 +118,48 @@ def rotary(x: Tensor, positions: Tensor, theta: float = 10000.0, fraction: float
         positions: `[B, T]` integers.
         fraction: share of the channels that turn, the first ones.
     """
-    width = int(x.shape[-1] * fraction) // 2 * 2
-    turned, kept = x[..., :width], x[..., width:]
-    frequencies = theta ** (-torch.arange(0, width, 2, device=x.device, dtype=torch.float32) / width)
-    angles = positions.unsqueeze(-1).float() * frequencies
-    cos, sin = (f(angles).unsqueeze(2).to(x.dtype) for f in (torch.cos, torch.sin))
-    first, second = turned.chunk(2, dim=-1)
+    return rotate(x, rotary_table(positions, int(x.shape[-1] * fraction) // 2 * 2, theta))
+
+
+def rotary_table(positions: Tensor, width: int, theta: float = 10000.0, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for `rotate`, float32 `[B, T, 1, width / 2]`, of positions `[B, T]`.
+
+    `scaling` stretches the angles for longer contexts, with transformers' keys: {"rope_type": "linear", "factor"} divides
+    all frequencies; "llama3" (with "low_freq_factor", "high_freq_factor", "original_max_position_embeddings") divides those
+    that turn less than `low_freq_factor` times within the original context, keeps those above `high_freq_factor`, and
+    blends in between (Llama 3.1).
+    """
+    frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
+    if scaling is not None and scaling["rope_type"] == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif scaling is not None and scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
+    angles = (positions.unsqueeze(-1).float() * frequencies).unsqueeze(2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the first channels of `x` `[B, T, H, K]` by a `rotary_table`; in x's dtype, as the models were trained."""
+    cos, sin = (t.to(x.dtype) for t in table)
+    first, second, kept = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, kept], dim=-1)
+
+
+_SCALINGS = {"linear": {"factor"}, "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}}
+
+
+def check_rope_scaling(scaling: dict | None) -> None:
+    """Raise ValueError unless `rotary_table` understands this."""
+    if scaling is None:
+        return
+    kind = scaling.get("rope_type")
+    if kind not in _SCALINGS:
+        raise ValueError(f"rope_scaling: rope_type {kind!r} is not supported; choose one of {', '.join(_SCALINGS)}, or None")
+    if set(scaling) != _SCALINGS[kind] | {"rope_type"}:
+        raise ValueError(f"rope_scaling of type {kind!r} has the keys {sorted(scaling)}; it needs rope_type and {sorted(_SCALINGS[kind])}")
 
 
 def token_shift(x: Tensor, state: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
