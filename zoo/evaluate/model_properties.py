@@ -1,0 +1,386 @@
+"""The battery, second half: properties of whole models, heads, generation and checkpoints."""
+
+import copy
+import json
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
+
+from zoo.evaluate.closeness import assert_close
+from zoo.evaluate.conformance import LENGTH, refused
+from zoo.evaluate.subject import Subject
+from zoo.kernels.packing import Packing
+
+MODEL_PROPERTIES: dict[str, Callable[[Subject], None]] = {}
+PAD = 0
+
+
+def of_models(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
+    """Enter a property of models under its name."""
+    MODEL_PROPERTIES[function.__name__] = function
+    return function
+
+
+def of_generators(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
+    """A property of causal language models; of any other architecture, that its ForCausalLM refuses."""
+
+    def check(subject: Subject) -> None:
+        if subject.traits().causal:
+            function(subject)
+        else:
+            refused(lambda: subject.model("causal_lm"), "causal")
+
+    check.__name__ = function.__name__
+    return of_models(check)
+
+
+def hidden(model, ids: Tensor, **kwargs) -> Tensor:
+    return model(ids, use_cache=False, **kwargs).last_hidden_state
+
+
+def left_padded(rows: list[Tensor], side: str = "left") -> tuple[Tensor, Tensor]:
+    """Rows `[1, T_i]` as one padded batch and its mask."""
+    longest = max(row.shape[1] for row in rows)
+    ids, mask = torch.full((len(rows), longest), PAD), torch.zeros(len(rows), longest, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(longest - row.shape[1], None) if side == "left" else slice(0, row.shape[1])
+        ids[i, where], mask[i, where] = row[0], 1
+    return ids, mask
+
+
+@of_models
+def saves_and_loads_the_same_bits(subject: Subject) -> None:
+    for tied in (False, True):
+        model = subject.model(tie_word_embeddings=tied)
+        ids = subject.tokens(2, LENGTH)
+        auto = AutoModelForCausalLM if subject.traits().causal else AutoModelForMaskedLM
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            model.save_pretrained(folder)
+            files = {p.name for p in Path(folder).iterdir()}
+            assert not any(name.endswith(".bin") for name in files), f"not safetensors only: {files}"
+            loaded = auto.from_pretrained(folder).eval()
+            assert type(loaded) is type(model), f"saved a {type(model).__name__}, loaded a {type(loaded).__name__}"
+            assert torch.equal(loaded(ids).logits, model(ids).logits), "logits differ after loading"
+            first, second = model.config.to_dict(), AutoConfig.from_pretrained(folder).to_dict()
+            differ = {k for k in first if k not in ("architectures", "_name_or_path", "dtype") and first[k] != second.get(k)}
+            assert not differ, f"config fields change on the way: {differ}"
+        shared = loaded.lm_head.weight.data_ptr() == loaded.get_input_embeddings().weight.data_ptr()
+        assert shared == tied, f"tie_word_embeddings={tied}, but the loaded weights are {'' if shared else 'not '}shared"
+
+
+@of_models
+def is_known_to_auto_classes(subject: Subject) -> None:
+    config = subject.config()
+    assert config.model_type == f"zoo_{subject.name}"
+    assert type(AutoConfig.for_model(config.model_type)) is type(config)
+    assert type(AutoModel.from_config(config)) is subject.entry.models["Model"]
+
+
+@of_models
+def refuses_unknown_fields(subject: Subject) -> None:
+    refused(lambda: subject.config(hidden_sise=3), "hidden_size")
+    with tempfile.TemporaryDirectory() as folder:
+        config = subject.config()
+        config.save_pretrained(folder)
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_sise": 3}))
+        refused(lambda: AutoConfig.from_pretrained(folder), "hidden_size")
+    refused(lambda: subject.model("base")(subject.tokens(1, 4), flavour=1), "flavour")
+
+
+@of_models
+def initialises_what_a_checkpoint_lacks(subject: Subject) -> None:
+    """A model built on the meta device and then initialised equals one built directly: values, names, shapes, buffers."""
+    model_class, config = subject.entry.models["Model"], subject.config()
+    direct = model_class(config)
+    for part in [*direct.modules(), *direct.parameters(), *direct.buffers()]:
+        part._is_hf_initialized = False
+    torch.manual_seed(0)
+    direct.initialize_weights()
+    torch.manual_seed(0)
+    # transformers' own loader: the zoo's would refuse the missing keys
+    late = PreTrainedModel.from_pretrained.__func__(model_class, None, config=config, state_dict={})
+    values, others = (dict([*m.named_parameters(), *m.named_buffers()]) for m in (direct, late))
+    assert values.keys() == others.keys(), values.keys() ^ others.keys()
+    for name, value in values.items():
+        assert torch.isfinite(value).all(), f"{name} is not finite"
+        assert value.dtype == others[name].dtype, f"{name} differs in dtype"
+        assert torch.equal(value, others[name]), f"{name} is initialised otherwise, or not at all"
+
+
+@of_models
+def padding_changes_nothing(subject: Subject) -> None:
+    """Every row of a padded batch, on either side, is the row alone."""
+    rows = [subject.tokens(1, length, seed=length) for length in (3, 11, 7)]
+    with torch.no_grad():
+        plain_model, exact_model = subject.model("base"), subject.model("base", dtype=torch.float64)
+        for side in ("left", "right"):
+            ids, mask = left_padded(rows, side)
+            result = hidden(plain_model, ids, attention_mask=mask)
+            for i, row in enumerate(rows):
+                assert_close(result[i][mask[i] == 1], hidden(plain_model, row)[0], hidden(exact_model, row)[0], f"row {i}, padded on the {side}")
+
+
+@of_models
+def packed_row_equals_documents(subject: Subject) -> None:
+    """Said in any of the three ways; loss gradients too."""
+    lengths = [4, 9, 1, 6]
+    rows = [subject.tokens(1, length, seed=length) for length in lengths]
+    packed, packing = torch.cat(rows, dim=1), Packing.from_lengths(lengths)
+    ways = [
+        {"cu_seq_lens_q": packing.cu_seqlens.int()},
+        {"seq_idx": packing.seq_idx[None].int()},
+        {"position_ids": packing.positions[None]},
+    ]
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        model = subject.model("base", dtype=dtype)
+        apart = torch.cat([hidden(model, row) for row in rows], dim=1)
+        apart.square().sum().backward()
+        gradients.append((apart.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    (exact, exact_grads), (plain, plain_grads) = gradients
+    for way in ways:
+        model = subject.model("base")
+        result = hidden(model, packed, **way)
+        assert_close(result, plain, exact, f"packed by {next(iter(way))}")
+        result.square().sum().backward()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                assert_close(parameter.grad, plain_grads[name], exact_grads[name], f"gradient of {name}, packed", gradient=True)
+
+
+@of_models
+def checkpointing_changes_nothing(subject: Subject) -> None:
+    ids = subject.tokens(2, LENGTH)
+    grads = []
+    for reentrant in (None, False, True):
+        model = subject.model().train()
+        if reentrant is not None:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        grads.append((loss.detach(), {n: p.grad for n, p in model.named_parameters()}))
+    for loss, grad in grads[1:]:
+        assert torch.equal(loss, grads[0][0]), "the loss changes"
+        for name, expected in grads[0][1].items():
+            assert (grad[name] is None) == (expected is None), f"{name} loses its gradient"
+            if expected is not None:
+                assert_close(grad[name], expected, expected, f"gradient of {name}", gradient=True)
+
+
+@of_models
+def loss_is_cross_entropy(subject: Subject) -> None:
+    """Of the next token (or the masked one), -100 ignored; micro-batches add up to the batch."""
+    model, ids = subject.model(), subject.tokens(4, LENGTH)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    with torch.no_grad():
+        out = model(ids, labels=labels)
+        logits, targets = (out.logits[:, :-1], labels[:, 1:]) if subject.traits().causal else (out.logits, labels)
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+        assert_close(out.loss, expected, expected.double(), "loss")
+        if subject.traits().causal:
+            count = (labels[:, 1:] != -100).sum()
+            parts = sum(model(i, labels=l, num_items_in_batch=count).loss for i, l in zip(ids.split(1), labels.split(1), strict=True))
+            assert_close(parts, out.loss, expected.double(), "micro-batches")
+
+
+@of_models
+def learns_a_batch_by_heart(subject: Subject) -> None:
+    model, ids = subject.model(push=False).train(), subject.tokens(2, 12)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    losses = []
+    for _ in range(60):
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0], f"the loss went from {losses[0]:.2f} only to {losses[-1]:.2f} in 60 steps"
+
+
+@of_models
+def copies_and_pickles(subject: Subject) -> None:
+    model, ids = subject.model(), subject.tokens(1, 5)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert torch.equal(twin(ids).logits, expected)
+
+
+@of_models
+def classifies(subject: Subject) -> None:
+    """Sequences and tokens; a padded row is classified as it is alone."""
+    rows = [subject.tokens(1, length, seed=length) for length in (3, 8)]
+    ids, mask = left_padded(rows)
+    for task, labels in (("sequence_classification", torch.tensor([0, 2])), ("token_classification", mask * 2)):
+        model = subject.model(task, num_labels=3)
+        exact = subject.model(task, num_labels=3, dtype=torch.float64)
+        out = model(ids, attention_mask=mask, labels=labels)
+        out.loss.backward()
+        assert torch.isfinite(out.loss)
+        for i, row in enumerate(rows):
+            with torch.no_grad():
+                alone, wide = model(row).logits, exact(row).logits
+            result = out.logits[i] if task.startswith("sequence") else out.logits[i][mask[i] == 1]
+            assert_close(result.detach(), alone[0], wide[0], f"{task}, row {i}")
+
+
+@of_models
+def runs_in_half_precision(subject: Subject) -> None:
+    model = subject.model(dtype=torch.bfloat16, push=False)
+    out = model(subject.tokens(2, LENGTH))
+    assert out.logits.dtype == torch.bfloat16 and torch.isfinite(out.logits).all()
+
+
+@of_models
+def adapts_with_lora(subject: Subject) -> None:
+    """Adapters on the declared targets change the output, learn, and merge."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.no_grad():
+        targets = {t for layer in subject.model("base").layers for t in layer.mixer.lora_targets}
+    model, ids = subject.model(), subject.tokens(2, 9)
+    before = model(ids).logits.detach()
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=sorted(targets), init_lora_weights=False)).eval()
+    with torch.no_grad():
+        during = adapted(ids).logits
+    assert (during - before).abs().max() > 1e-4, "adapters change nothing: a projection's weight is read instead of called"
+    adapted(ids, labels=ids).loss.backward()
+    idle = [n for n, p in adapted.named_parameters() if p.requires_grad and (p.grad is None or p.grad.abs().max() == 0)]
+    assert not idle, f"adapters without a gradient: {idle}"
+    with torch.no_grad():
+        merged = adapted.merge_and_unload()(ids).logits
+        exact = copy.deepcopy(model).double()(ids).logits
+    assert_close(merged, during, exact, "merged adapters")
+
+
+@of_generators
+def cache_continues_anywhere(subject: Subject) -> None:
+    """Prefill in pieces, then steps, with rows of unequal length: the logits of the whole."""
+    rows = [subject.tokens(1, length, seed=length) for length in (LENGTH, 14)]
+    ids, mask = left_padded(rows)
+    model, exact_model = subject.model(), subject.model(dtype=torch.float64)
+    with torch.no_grad():
+        for cuts in ([6, 12], [10, 11, 12, 13], [1, 20]):
+            cache, outs, start = None, [], 0
+            for stop in [*cuts, LENGTH]:
+                out = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+                cache, start = out.past_key_values, stop
+                outs.append(out.logits)
+            assert cache.get_seq_length() == LENGTH
+            assert cache.lengths.tolist() == [row.shape[1] for row in rows]
+            for i, row in enumerate(rows):
+                result = torch.cat(outs, dim=1)[i][mask[i] == 1]
+                assert_close(result, model(row).logits[0], exact_model(row).logits[0], f"row {i} cut at {cuts}")
+
+
+@of_generators
+def cache_can_be_rearranged(subject: Subject) -> None:
+    """Reorder, repeat, select and reset act on every state."""
+    model, exact, ids = subject.model(), subject.model(dtype=torch.float64), subject.tokens(2, 9)
+    order = torch.tensor([1, 0, 1])
+    with torch.no_grad():
+        plain, wide = model(ids[order]).logits[:, -1], exact(ids[order]).logits[:, -1]
+        for change in ("batch_select_indices", "reorder_cache"):
+            cache = model(ids[:, :-1]).past_key_values
+            getattr(cache, change)(order)
+            assert_close(model(ids[order, -1:], past_key_values=cache).logits[:, -1], plain, wide, change)
+        cache = model(ids[:, :-1]).past_key_values
+        cache.batch_repeat_interleave(2)
+        again = model(ids[:, -1:].repeat_interleave(2, 0), past_key_values=cache).logits[:, -1]
+        assert_close(again[[2, 0, 3]], plain, wide, "batch_repeat_interleave")
+        cache.reset()
+        assert cache.get_seq_length() == 0 and cache.nbytes() == 0
+        assert_close(model(ids[order], past_key_values=cache).logits[:, -1], plain, wide, "after reset")
+
+
+@of_generators
+def declared_bytes_are_held(subject: Subject) -> None:
+    """The cache holds what the layers declare, and a decode step keeps every address within its room."""
+    model, ids = subject.model(), subject.tokens(1, 70)
+    with torch.no_grad():
+        cache = model(ids).past_key_values
+        declared = [block.initial_state(1, 70, torch.float32, "meta") for block in model.model.layers]
+        expected = sum(t.numel() * t.element_size() for state in declared for t in state.values())
+        assert cache.nbytes() == expected, f"holds {cache.nbytes()} bytes, declares {expected}"
+        addresses = []
+        for _ in range(2):
+            model(ids[:, :1], past_key_values=cache)
+            addresses.append({(i, n): t.data_ptr() for i, layer in enumerate(cache.layers) for n, t in layer.state.items()})
+        moved = [key for key in addresses[0] if addresses[0][key] != addresses[1][key]]
+        assert not moved, f"states move during decoding: {moved}"
+
+
+@of_generators
+def generates_alike_in_every_way(subject: Subject) -> None:
+    """Greedy, beams and sampling: with a cache as without, static as dynamic, in chunks, streamed; padded rows as alone."""
+    from transformers import TextStreamer
+
+    model = subject.model()
+    rows = [subject.tokens(1, length, seed=length) for length in (9, 5)]
+    ids, mask = left_padded(rows)
+    common = {"attention_mask": mask, "max_new_tokens": 6, "pad_token_id": PAD, "do_sample": False}
+
+    def new(**kwargs) -> list:
+        torch.manual_seed(0)
+        return model.generate(ids, **common | kwargs)[:, ids.shape[1] :].tolist()
+
+    greedy = new(use_cache=False)
+    assert new() == greedy, "the cache changes greedy decoding"
+    for i, row in enumerate(rows):
+        alone = model.generate(row, **common | {"attention_mask": torch.ones_like(row)})[:, row.shape[1] :].tolist()
+        assert alone[0] == greedy[i], f"row {i} padded on the left continues otherwise than alone"
+    assert new(cache_implementation="static") == greedy, "the static cache changes greedy decoding"
+    assert new(prefill_chunk_size=4) == greedy, "prefill in chunks changes greedy decoding"
+    assert new(num_beams=3) == new(num_beams=3, use_cache=False), "the cache changes beam search"
+    assert new(do_sample=True) == new(do_sample=True, use_cache=False), "the cache changes sampling"
+
+    class Recorder(TextStreamer):
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    recorder = Recorder()
+    model.generate(rows[0], streamer=recorder, **common | {"attention_mask": torch.ones_like(rows[0])})
+    assert recorder.tokens == [*rows[0][0].tolist(), *greedy[0], "end"], "streaming differs from generating"
+
+
+@of_models
+def masked_heads_know_their_direction(subject: Subject) -> None:
+    """A masked language model exists exactly where the mixer sees both ways; a causal head refuses a bidirectional config."""
+    if subject.traits().bidirectional:
+        ids = subject.tokens(2, 8)
+        out = subject.model("masked_lm", causal=False)(ids, labels=ids)
+        out.loss.backward()
+        assert out.logits.shape == (2, 8, subject.config().vocab_size)
+        refused(lambda: subject.model("causal_lm", causal=False), "causal")
+    else:
+        refused(lambda: subject.model("masked_lm", causal=False), "causal")
+    if subject.traits().causal:
+        refused(lambda: subject.model("masked_lm", causal=True), "causal")
+
+
+@of_models
+def trains_compiled(subject: Subject) -> None:
+    """The whole model in one graph, forward and backward."""
+    torch._dynamo.reset()
+    model, ids = subject.model().train(), subject.tokens(2, LENGTH)
+    compiled = torch.compile(lambda x: model(x).logits, fullgraph=True, backend="aot_eager")
+    out = compiled(ids)
+    exact = subject.model(dtype=torch.float64)(ids).logits.detach()
+    assert_close(out.detach(), model(ids).logits.detach(), exact, "compiled logits")
+    out.square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    torch._dynamo.reset()

@@ -1,0 +1,57 @@
+"""How fast a language model reads and writes, and what its memory of a sequence weighs."""
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zoo.config import ZooConfig
+
+
+class Speed(NamedTuple):
+    """Tokens per second: `read` of the prompt in one call, `write` of the tokens after it, one by one."""
+
+    read: float
+    write: float
+
+
+@torch.no_grad()
+def generation_speed(model: nn.Module, prompt: Tensor, tokens: int = 32) -> Speed:
+    """Read `prompt` `[B, T]` once, then write `tokens` tokens greedily; wall clock, counted over the whole batch.
+
+    The first call of each kind is not counted: it may compile or fill caches.
+    """
+    if tokens < 1:
+        raise ValueError(f"tokens is {tokens}, at least one must be written")
+    prompt = prompt.to(next(model.parameters()).device)
+    warm = model(input_ids=prompt[:, :8], use_cache=True)
+    model(input_ids=prompt[:, :1], past_key_values=warm.past_key_values, use_cache=True)
+
+    start = _now(prompt.device)
+    out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
+    read = _now(prompt.device) - start
+    start = _now(prompt.device)
+    for _ in range(tokens):
+        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+    write = _now(prompt.device) - start
+    return Speed(prompt.numel() / read, prompt.shape[0] * tokens / write)
+
+
+def state_bytes(model: nn.Module, length: int, dtype: torch.dtype = torch.float32) -> int:
+    """Bytes of state and KV cache of one sequence after `length` tokens, over all layers of a zoo model.
+
+    Args: dtype: of the activations; recurrent states stay in float32 where their mixer says so.
+    """
+    if not isinstance(model.config, ZooConfig):
+        raise TypeError(f"state_bytes reads the states that a zoo model declares, got a {type(model).__name__}; load it with zoo.from_pretrained")
+    blocks = model.get_submodule("model.layers") if hasattr(model, "model") else model.layers
+    states = (block.initial_state(1, length, dtype, "meta") for block in blocks)
+    return sum(t.numel() * t.element_size() for state in states for t in state.values())
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, after the device has caught up."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
