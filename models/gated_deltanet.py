@@ -1,0 +1,109 @@
+"""Gated DeltaNet: a matrix memory that decays as a whole and replaces what it holds under a key.
+
+    S_t = alpha_t (I - beta_t k_t k_t^T) S_{t-1} + beta_t k_t v_t^T,    o_t = q_t S_t / sqrt(K)     (eq. 10, transposed)
+    log alpha_t = -exp(A) softplus(W_a x_t + b),    beta_t = sigmoid(W_b x_t)
+    y_t = W_O (rmsnorm(o_t) * silu(W_g x_t))
+
+Queries and keys pass a short convolution and SiLU and have length one, values pass the convolution and SiLU.
+
+Paper: Yang, Kautz, Hatamizadeh 2024, arXiv:2412.06464: recurrence eq. 10, the block in figure 1. Grouped value heads as in
+Qwen3-Next; beta up to two, for negative eigenvalues, after arXiv:2411.12537.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo import ops
+from zoo.config import ZooConfig
+from zoo.kernels.delta_rule import flops
+from zoo.kernels.packing import Packing
+from zoo.layers import GatedNorm, ShortConv, SoftplusDecay, merge_heads, split_heads, unit_length, wide
+from zoo.mixer import Mixer, State
+from zoo.registry import register
+
+
+@strict
+class GatedDeltaNetConfig(ZooConfig):
+    """Sizes of the heads, and the parts that published models leave out or add."""
+
+    model_type = "zoo_gated_deltanet"
+
+    num_heads: int = 6  # of queries and keys
+    num_v_heads: int | None = None  # H, of values and memories; None: num_heads
+    head_dim: int = 256  # K
+    value_ratio: float = 2.0  # V = K * value_ratio
+    conv_kernel: int | None = 4  # W, tokens the short convolution sees; None or 0: no convolution
+    use_gate: bool = True  # gate the output
+    allow_negative_eigenvalues: bool = False  # beta reaches 2 instead of 1
+
+    def validate_heads(self):
+        """Value heads must share query heads evenly, and have whole channels."""
+        if self.num_v_heads is not None:
+            self.divide("num_v_heads", "num_heads")
+        if self.head_dim * self.value_ratio % 1:
+            raise ValueError(f"GatedDeltaNetConfig: head_dim={self.head_dim} times value_ratio={self.value_ratio} is no whole number")
+
+
+class GatedDeltaNetMixer(Mixer):
+    """State: `memory` `[B, H, K, V]`, and `conv`, the last inputs of the convolution over q, k and v, `[B, W - 1, .]`."""
+
+    lora_targets = ("q_proj", "k_proj", "v_proj", "gate_proj", "out_proj")
+
+    def __init__(self, config: GatedDeltaNetConfig, layer: int):
+        super().__init__(config, layer)
+        width, self.groups, self.heads = config.hidden_size, config.num_heads, config.num_v_heads or config.num_heads
+        self.keys, self.values = config.head_dim, int(config.head_dim * config.value_ratio)
+        self.sizes = [self.groups * self.keys, self.groups * self.keys, self.heads * self.values]
+        self.largest_beta = 2.0 if config.allow_negative_eigenvalues else 1.0
+        self.q_proj = nn.Linear(width, self.sizes[0], bias=False)
+        self.k_proj = nn.Linear(width, self.sizes[1], bias=False)
+        self.v_proj = nn.Linear(width, self.sizes[2], bias=False)
+        self.conv = ShortConv(sum(self.sizes), config.conv_kernel) if config.conv_kernel else None
+        self.beta_proj = nn.Linear(width, self.heads, bias=False)
+        self.decay_proj = nn.Linear(width, self.heads, bias=False)
+        self.decay = SoftplusDecay(self.heads, least=1e-4)
+        self.gate_proj = nn.Linear(width, self.sizes[2], bias=False) if config.use_gate else None
+        self.norm = GatedNorm(self.values, eps=config.norm_eps)
+        self.out_proj = nn.Linear(self.sizes[2], width, bias=False)
+        if not config.use_gate:
+            self.lora_targets = tuple(name for name in self.lora_targets if name != "gate_proj")
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        state = {"memory": torch.zeros(batch, self.heads, self.keys, self.values, dtype=wide, device=device)}
+        return state if self.conv is None else state | {"conv": self.conv.initial_state(batch, dtype, device)}
+
+    def operator_flops(self, length: int) -> int:
+        return flops(length, self.heads, self.keys, self.values)
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        qkv, after = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), {}
+        if self.conv is None:
+            qkv = F.silu(qkv)
+        else:
+            qkv, after["conv"] = self.conv(qkv, state["conv"] if state else None, packing)
+        q, k, v = qkv.split(self.sizes, dim=-1)
+        q, k = (unit_length(split_heads(t, self.groups)) for t in (q, k))
+        beta = self.largest_beta * wide(self.beta_proj(x)).sigmoid()
+        log_decay = self.decay(self.decay_proj(x))
+        o, after["memory"] = ops.delta_rule(
+            q, k, split_heads(v, self.heads), beta, log_decay, state=state["memory"] if state else None, packing=packing
+        )
+        gate = None if self.gate_proj is None else split_heads(self.gate_proj(x), self.heads)
+        return self.out_proj(merge_heads(self.norm(o, gate))), after
+
+
+register(
+    "gated_deltanet",
+    config=GatedDeltaNetConfig,
+    mixer=GatedDeltaNetMixer,
+    title="Gated Delta Networks: Improving Mamba2 with Delta Rule",
+    paper="arXiv:2412.06464",
+    presets={
+        "tiny": dict(hidden_size=32, num_hidden_layers=2, num_heads=2, num_v_heads=4, head_dim=8, vocab_size=256),
+        "340m": dict(hidden_size=1024, num_hidden_layers=21, num_heads=3),
+        "1.3b": dict(hidden_size=2048, num_hidden_layers=21),
+    },
+)
