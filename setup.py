@@ -20,6 +20,13 @@ setup(
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.10",
     packages=[
         *find_packages(str(ROOT), include=["zoo", "zoo.*"], exclude=["zoo.models*", "zoo.kernels*"]),
@@ -27,6 +34,7 @@ setup(
         *under("zoo.kernels", "kernels"),
     ],
     package_dir={"zoo": "zoo", "zoo.models": "models", "zoo.kernels": "kernels"},
+    include_package_data=True,
     install_requires=["torch>=2.11", "transformers>=5.17,<6", "safetensors", "einops", "accelerate"],
     extras_require={
         "demo": ["gguf", "matplotlib"],

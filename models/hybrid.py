@@ -56,6 +56,8 @@ register(
     title="Any plan of mixers",
     paper="none",
     presets={
-        "tiny": dict(hidden_size=32, num_hidden_layers=2, vocab_size=256, plan=[{"mixer": "gla", "num_heads": 2}, {"mixer": "gla", "num_heads": 2}]),
+        "tiny": dict(
+            hidden_size=32, num_hidden_layers=2, vocab_size=256, plan=[{"mixer": "gla", "num_heads": 2}, {"mixer": "gla", "num_heads": 2}]
+        ),
     },
 )

@@ -1,6 +1,6 @@
 """Run the battery and print a line per architecture: parameters, properties held, state bytes.
 
-    python scripts/conformance.py [NAME ...] [-v]
+python scripts/conformance.py [NAME ...] [-v]
 """
 
 import argparse
@@ -31,7 +31,9 @@ def main() -> int:
             model = model_class(zoo.build_config(f"{name}-tiny"), "base")(zoo.build_config(f"{name}-tiny"))
         count = sum(p.numel() for p in model.parameters())
         held = sum(error is None for error in results.values())
-        bytes_at = (sum(t.nbytes for b in model.layers for t in b.initial_state(1, n, torch.float32, "meta").values()) for n in (1024, 8192))
+        bytes_at = (
+            sum(t.nbytes for b in model.layers for t in b.initial_state(1, n, torch.float32, "meta").values()) for n in (1024, 8192)
+        )
         tqdm.write(f"{name:<20} {count:>10,} {f'{held}/{len(results)}':>10} " + " ".join(f"{b:>12,}" for b in bytes_at))
         failed += len(results) - held
         if args.verbose:

@@ -1,8 +1,8 @@
 """Write what the registry knows into README.md and model_cards/<name>.md, between the markers; the rest belongs to their authors.
 
-    python scripts/write_cards.py              # all of them
-    python scripts/write_cards.py gla mamba2   # these cards only
-    python scripts/write_cards.py --check      # change nothing, exit 1 if anything is out of date
+python scripts/write_cards.py              # all of them
+python scripts/write_cards.py gla mamba2   # these cards only
+python scripts/write_cards.py --check      # change nothing, exit 1 if anything is out of date
 """
 
 import argparse

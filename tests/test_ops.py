@@ -249,7 +249,7 @@ def test_contract_is_enforced(op, draw):
 @every_op
 def test_contract_is_documented(op):
     documentation = inspect.getdoc(op.call)
-    parameters = [p for p in inspect.signature(op.call).parameters]
+    parameters = list(inspect.signature(op.call).parameters)
     for section in ("Args:", "Returns:", "Source:"):
         assert section in documentation, f"{op.name} has no {section}"
     missing = [p for p in parameters if p not in documentation]

@@ -76,7 +76,7 @@ def _documents(batch, length, attention_mask, position_ids, cu_seq_lens_q, seq_i
         ends = cu_seq_lens_q.long()
     else:
         marks = seq_idx if seq_idx is not None else (position_ids == 0).cumsum(-1)
-        if seq_idx is None and position_ids.shape[0] in (1, batch) and bool((position_ids == torch.arange(length, device=marks.device)).all()):
+        if seq_idx is None and bool((position_ids == torch.arange(length, device=marks.device)).all()):
             return None
         starts = (marks[0, 1:] != marks[0, :-1]).nonzero().flatten() + 1
         ends = torch.cat([starts.new_zeros(1), starts, starts.new_full((1,), length)])

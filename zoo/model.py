@@ -20,7 +20,7 @@ from zoo.block import Block
 from zoo.cache import ZooCache, check_cache, room
 from zoo.config import ZooConfig
 from zoo.entry import Entry
-from zoo.layers import make_norm
+from zoo.layers import make_norm, token_positions
 from zoo.mixer import Layer
 from zoo.saving import CheckpointMixin
 
@@ -138,13 +138,12 @@ class ZooModel(ZooPreTrainedModel):
 
     def _position(self, x: Tensor, entry: Entry, cache: ZooCache | None) -> Tensor:
         """Add learned positions and normalise the embeddings, where the config asks for it."""
-        from zoo.layers import token_positions
-
         if self.embed_positions is not None:
-            table, longest = self.config.max_position_embeddings, x.shape[1] if entry.packing is None else max(entry.packing.lengths)
+            table = self.config.max_position_embeddings
+            longest = x.shape[1] if entry.packing is None else max(entry.packing.lengths)
             longest += cache.get_seq_length() if cache is not None else 0
             if longest > table:
-                raise ValueError(f"a sequence of {longest} tokens exceeds max_position_embeddings={table}; shorten it or use a larger table")
+                raise ValueError(f"a sequence of {longest} tokens exceeds max_position_embeddings={table}; shorten it or enlarge the table")
             x = x + self.embed_positions(token_positions(x, None if cache is None else cache.lengths, entry.packing))
         return x if self.embed_norm is None else self.embed_norm(x)
 
@@ -152,7 +151,9 @@ class ZooModel(ZooPreTrainedModel):
 class ZooGenerationMixin(GenerationMixin):
     """`generate` with one kind of cache for every architecture, whatever its class name says."""
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs):
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+    ):
         if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
             return
         kind = generation_config.cache_implementation
@@ -234,7 +235,9 @@ class ZooForMaskedLM(ZooPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs) -> MaskedLMOutput:
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs
+    ) -> MaskedLMOutput:
         """Logits, and with `labels` `[B, T]` (-100 ignored, not shifted) the mean cross-entropy."""
         out = self.model(input_ids, attention_mask, use_cache=False, return_dict=True, **_without(kwargs))
         logits = self.lm_head(self.head(out.last_hidden_state))

@@ -52,7 +52,9 @@ ARCHITECTURES: dict[str, Architecture] = {}
 CHANNEL_MIXERS: dict[str, type] = {}
 
 
-def register(name: str, *, config: type[ZooConfig], mixer: type[Mixer] | None, title: str, paper: str, presets: dict[str, dict]) -> Architecture:
+def register(
+    name: str, *, config: type[ZooConfig], mixer: type[Mixer] | None, title: str, paper: str, presets: dict[str, dict]
+) -> Architecture:
     """Enter an architecture; called once, at the end of its file.
 
     Makes its model classes (`<Prefix>Model`, `<Prefix>ForCausalLM`, ..., the prefix being that of the config class), puts

@@ -76,11 +76,13 @@ def check_keys(name: str, model, info: dict, allow_shapes: bool) -> None:
     problems = []
     if missing := sorted(k for k in info["missing_keys"] if of_body(k)):
         problems.append(f"missing {len(missing)}: {', '.join(missing[:4])}")
-    surplus = sorted(k for k in info["unexpected_keys"] if k.startswith(base) or (is_base and not k.startswith(("lm_head", "score", "head"))))
+    heads = ("lm_head", "score", "head")
+    surplus = sorted(k for k in info["unexpected_keys"] if k.startswith(base) or (is_base and not k.startswith(heads)))
     if surplus:
         problems.append(f"not of this architecture {len(surplus)}: " + ", ".join(k + nearest(k, own) for k in surplus[:4]))
     if info["mismatched_keys"] and not allow_shapes:
-        shapes = [f"{k} is {list(found)} in the file, {list(wanted)} in the model" for k, found, wanted in sorted(info["mismatched_keys"])[:4]]
+        first = sorted(info["mismatched_keys"])[:4]
+        shapes = [f"{k} is {list(found)} in the file, {list(wanted)} in the model" for k, found, wanted in first]
         problems.append("misshapen: " + "; ".join(shapes))
     if problems:
         raise ValueError(f"the checkpoint does not fit {name}: " + " | ".join(problems) + ". Check that its config.json belongs to it.")

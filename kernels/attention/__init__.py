@@ -84,7 +84,7 @@ def attention(
     shapes("kv_positions", kv_positions, "B Tk", dtype=torch.int64)
     ordered = q_positions is None and kv_positions is None
     _check(shapes, causal, dilation, sinks, log_forget, softcap, packing, ordered or (q_positions is not None and kv_positions is not None))
-    if ordered and shapes["Tq"] > shapes["Tk"]:
+    if ordered and causal and shapes["Tq"] > shapes["Tk"]:
         raise ValueError(f"{NAME}: q has {shapes['Tq']} tokens but k only {shapes['Tk']}; give q_positions and kv_positions")
     if ordered and packing is not None and not causal:  # behind a document's end there must be nothing to see
         q_positions = kv_positions = packing.positions.unsqueeze(0)

@@ -85,5 +85,5 @@ def cumulative(log_forget: Tensor | None, p: Tensor | None, j: Tensor | None, qu
 
 def default_positions(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """Keys count from 0, queries are the last of them: `[1, Tq]` and `[1, Tk]`."""
-    j = torch.arange(k.shape[1], device=k.device).unsqueeze(0)
-    return j[:, k.shape[1] - q.shape[1] :], j
+    p = torch.arange(k.shape[1] - q.shape[1], k.shape[1], device=k.device)
+    return p.unsqueeze(0), torch.arange(k.shape[1], device=k.device).unsqueeze(0)

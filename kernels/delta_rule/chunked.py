@@ -27,12 +27,19 @@ def delta_rule(q, k, v, beta, log_decay, state, scale: float) -> tuple[Tensor, T
     length, dtype, acc = v.shape[1], v.dtype, accumulator(v.dtype)
     chunk = chunk_size(length, CHUNK)
     q, k, v, beta = (to_chunks(x.to(acc), chunk).contiguous() for x in (q, k, v, beta))
-    q, b = q * scale, beta.unsqueeze(-1) * k
+    q, wide = q * scale, k.double()
+    b = beta.double().unsqueeze(-1) * wide
     after = cumulative(log_decay, length, chunk, q)
-    reads, erased = scores(torch.stack([q, k]), b, after)
-    mixed = solve(erased.tril(-1), torch.cat([v, decayed(-k, after)], dim=-1))
-    out, state = chain(decayed(q, after), reads, retained(b, after), mixed, after, state)
-    return from_chunks(out, length).to(dtype), state
+    if log_decay is not None and log_decay.ndim == 4:
+        reads, erased = chunk_scores(torch.stack([q, k]), b.to(acc), after, after)
+    elif after is not None:
+        reads, erased = chunk_scores(q, b.to(acc), after, after), chunk_scores(wide, b, after, after, strict=True)
+    else:
+        reads, erased = (q @ b.to(acc).transpose(-1, -2)).tril(), wide @ b.transpose(-1, -2)
+    const, slope = solve(erased, v, -decayed(wide, after))
+    values, starts, state = chain(const, slope, retained(b, after), after, state)
+    out = decayed(q, after) @ starts.to(acc) + reads @ values.to(acc)
+    return from_chunks(out, length).to(dtype), state.to(acc)
 
 
 def general_delta_rule(q, k, v, a, b, log_decay, state, scale: float) -> tuple[Tensor, Tensor]:
@@ -43,22 +50,13 @@ def general_delta_rule(q, k, v, a, b, log_decay, state, scale: float) -> tuple[T
     after = cumulative(log_decay, length, chunk, q)
     # a_t reads S_{t-1}, as a query of the token before would: moved up one row it shares the decays of q
     early = torch.cat([a[..., 1:, :], torch.zeros_like(a[..., :1, :])], dim=-2)
-    (reads, reads_k), (late, late_k) = scores(torch.stack([q, early]).unsqueeze(1), torch.stack([b, k]), after)
-    moved, moved_k = down(late), down(late_k)
-    before = down(after)
-    mixed = solve(-moved, torch.cat([moved_k @ v, decayed(a, before)], dim=-1))
-    # k and v join b and u as keys and values of one longer chunk
-    reads, writes = torch.cat([reads, reads_k], dim=-1), torch.cat([retained(b, after), retained(k, after)], dim=-2)
-    plain = torch.cat([v, torch.zeros_like(a)], dim=-1)
-    out, state = chain(decayed(q, after), reads, writes, torch.cat([mixed, plain], dim=-2), after, state)
-    return from_chunks(out, length).to(dtype), state
-
-
-def scores(q: Tensor, k: Tensor, after: Tensor | None) -> Tensor:
-    """`q_t . exp(g_t - g_s) k_s` for s <= t."""
-    if after is None:
-        return (q @ k.transpose(-1, -2)).tril()
-    return chunk_scores(q, k, after, after)
+    scores = chunk_scores(torch.stack([q, early]).unsqueeze(1), torch.stack([b, k]), after, after)
+    (reads, reads_k), (moved, moved_k) = scores[0], down(scores[1])
+    const, slope = solve(-moved, moved_k @ v, decayed(a.double(), down(after)))
+    added = retained(k, after).transpose(-1, -2).double() @ v.double()
+    values, starts, state = chain(const, slope, retained(b, after).double(), after, state, added)
+    out = decayed(q, after) @ starts.to(acc) + reads @ values.to(acc) + reads_k @ v
+    return from_chunks(out, length).to(dtype), state.to(acc)
 
 
 def decayed(x: Tensor, log: Tensor | None) -> Tensor:
@@ -75,30 +73,31 @@ def down(x: Tensor) -> Tensor:
     return torch.cat([torch.zeros_like(x[..., :1, :]), x[..., :-1, :]], dim=-2)
 
 
-def solve(lower: Tensor, right: Tensor) -> Tensor:
-    """`(I + lower)^{-1} right`, `lower` strictly lower triangular."""
-    return torch.linalg.solve_triangular(lower.double(), right.double(), upper=False, unitriangular=True).to(right.dtype)
+def solve(lower: Tensor, *right: Tensor) -> tuple[Tensor, ...]:
+    """`(I + lower)^{-1} right` in float64; what `lower` holds on its diagonal and above is not read."""
+    joined = torch.cat([x.double() for x in right], dim=-1)
+    solved = torch.linalg.solve_triangular(lower.double(), joined, upper=False, unitriangular=True)
+    return solved.split([x.shape[-1] for x in right], dim=-1)
 
 
-def chain(q: Tensor, reads: Tensor, writes: Tensor, mixed: Tensor, after: Tensor | None, state: Tensor | None):
-    """Outputs `[B, H, T / C, C, V]` and last state.
+def chain(const, slope, keys, after, state, added=None) -> tuple[Tensor, Tensor, Tensor]:
+    """Values written by every token, states at the start of every chunk, and the last one, all in float64.
 
     Args:
-        q: queries of the state at the chunk's start, `[B, H, T / C, C, K]`; reads: of the keys in it, `[..., C, R]`.
-        writes: the keys as they stand at its end, `[..., R, K]`.
-        mixed: their values as an affine map of the state at its start, `[..., R, V + K]`: constant, then slope.
+        const, slope: the values as an affine map of the chunk's starting state, `[B, H, T / C, C, V]` and `[..., C, K]`.
+        keys: what is left at the chunk's end of the keys they are written under, `[..., C, K]`.
+        after: cumulative log-decay, or None; added: what else the chunk writes, `[..., K, V]`.
     """
-    values = mixed.shape[-1] - q.shape[-1]
     if state is None:
-        state = q.new_zeros(*q.shape[:2], q.shape[-1], values)
-    step = writes.transpose(-1, -2) @ mixed
-    change, slope = step[..., :values], step[..., values:]
-    keep = torch.ones_like(q[..., -1, :]) if after is None else after[..., -1, :].to(q.dtype).exp().expand_as(q[..., -1, :])
-    slope = slope + torch.diag_embed(keep)
-    starts = []
-    for n in range(q.shape[2]):
+        state = const.new_zeros(*const.shape[:2], slope.shape[-1], const.shape[-1])
+    state, keys = state.double(), keys.transpose(-1, -2)
+    keep = None if after is None else after[..., -1, :].exp().unsqueeze(-1)
+    values, starts = [], []
+    for n in range(const.shape[2]):
         starts.append(state)
-        state = change[:, :, n] + slope[:, :, n] @ state
-    starts = torch.stack(starts, dim=2)
-    local = reads @ mixed
-    return local[..., :values] + (q + local[..., values:]) @ starts, state
+        values.append(const[:, :, n] + slope[:, :, n] @ state)
+        kept = state if keep is None else keep[:, :, n] * state
+        state = kept + keys[:, :, n] @ values[-1]
+        if added is not None:
+            state = state + added[:, :, n]
+    return torch.stack(values, dim=2), torch.stack(starts, dim=2), state

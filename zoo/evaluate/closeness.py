@@ -22,8 +22,11 @@ def error_bound(plain: Tensor, exact: Tensor, *, gradient: bool = False) -> floa
 
 
 def assert_close(result: Tensor, plain: Tensor, exact: Tensor, what: str, *, gradient: bool = False) -> None:
-    """Raise AssertionError unless `max |result - exact| <= error_bound(plain, exact)` and `result` is finite."""
+    """Raise AssertionError unless `max |result - exact| <= error_bound(plain, exact)` and `result` is finite; integers must be equal."""
     assert result.shape == exact.shape, f"{what}: shape {tuple(result.shape)}, expected {tuple(exact.shape)}"
+    if not (exact.is_floating_point() or exact.is_complex()):
+        assert torch.equal(result, exact), f"{what}: {result.tolist()}, expected {exact.tolist()}"
+        return
     assert torch.isfinite(torch.view_as_real(result) if result.is_complex() else result).all(), f"{what}: not finite"
     if not exact.numel():
         return

@@ -123,7 +123,8 @@ def padding_changes_nothing(subject: Subject) -> None:
             ids, mask = left_padded(rows, side)
             result = hidden(plain_model, ids, attention_mask=mask)
             for i, row in enumerate(rows):
-                assert_close(result[i][mask[i] == 1], hidden(plain_model, row)[0], hidden(exact_model, row)[0], f"row {i}, padded on the {side}")
+                tokens = result[i][mask[i] == 1]
+                assert_close(tokens, hidden(plain_model, row)[0], hidden(exact_model, row)[0], f"row {i}, padded on the {side}")
 
 
 @of_models
@@ -186,7 +187,8 @@ def loss_is_cross_entropy(subject: Subject) -> None:
         assert_close(out.loss, expected, expected.double(), "loss")
         if subject.traits().causal:
             count = (labels[:, 1:] != -100).sum()
-            parts = sum(model(i, labels=l, num_items_in_batch=count).loss for i, l in zip(ids.split(1), labels.split(1), strict=True))
+            pairs = zip(ids.split(1), labels.split(1), strict=True)
+            parts = sum(model(row, labels=targets, num_items_in_batch=count).loss for row, targets in pairs)
             assert_close(parts, out.loss, expected.double(), "micro-batches")
 
 
