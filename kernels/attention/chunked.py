@@ -30,11 +30,12 @@ def attention(
     unruled = left is None and dilation == 1 and kv_positions is None
     biased = slopes is not None or log_forget is not None
     if unruled and not biased and soft.native and (not causal or queries in (1, keys)):
-        one = True if queries == 1 else False  # noqa: SIM210 (a plain bool, where compiling makes the comparison symbolic)
-        return native(q, k, v, None, scale, causal=causal and not one), None
+        if queries == 1:  # branched, so that the flag stays a plain bool where a compiler makes T symbolic
+            causal = False
+        return native(q, k, v, None, scale, causal=causal), None
     after = rules.cumulative(log_forget, q_positions, kv_positions, queries)
     countable = global_tokens is None or not torch.compiler.is_compiling()  # how many there are is not known to a tracer
-    if ordered and left is not None and (queries == keys or dilation == 1 and queries < keys) and countable:
+    if ordered and left is not None and (queries == keys or (dilation == 1 and queries < keys)) and countable:
         band = Band(rule, soft, q, k, kv_positions, global_tokens)
         if band.pays:
             return band(q, k, v, slopes, *after)
