@@ -79,7 +79,7 @@ def register(
     AutoConfig.register(config.model_type, config)
     module = sys.modules[config.__module__]
     for suffix, cls in entry.models.items():
-        AUTO[suffix].register(config, cls)
+        AUTO[suffix].register(config, cls, exist_ok=True)  # transformers compares class names, and has a Mamba2Config of its own
         setattr(module, cls.__name__, cls)
     ARCHITECTURES[name] = entry
     return entry
