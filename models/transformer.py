@@ -1,0 +1,147 @@
+"""The transformer: softmax attention with rotary positions and grouped heads, as Llama, Mistral and Qwen have it.
+
+    o_t = sum_{j <= t} softmax_j(q_t k_j / sqrt(K)) v_j,    q and k rotated by their positions,    y_t = W_O o_t
+
+Papers: Vaswani et al. 2017, arXiv:1706.03762 (eq. 1); rotary positions Su et al. 2021, arXiv:2104.09864; grouped heads
+Ainslie et al. 2023, arXiv:2305.13245; the block Touvron et al. 2023, arXiv:2302.13971. Sliding window as in Mistral,
+arXiv:2310.06825; sinks after StreamingLLM, arXiv:2309.17453, at their own positions.
+"""
+
+from dataclasses import replace
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+
+from zoo import ops
+from zoo.config import ZooConfig
+from zoo.kernels.attention import cache, flops
+from zoo.kernels.packing import Packing
+from zoo.layers import RMSNorm, check_rope_scaling, merge_heads, rotary_table, rotate, split_heads, token_positions
+from zoo.mixer import Mixer, State, Traits
+from zoo.registry import register
+
+
+@strict
+class TransformerConfig(ZooConfig):
+    """Sizes of the heads, and what sets one family of transformers apart from another."""
+
+    model_type = "zoo_transformer"
+
+    num_heads: int = 16
+    num_kv_heads: int | None = None  # G, each shared by H / G query heads; None: one for each
+    head_dim: int | None = None  # K; None: D / H
+    rope_theta: float | None = 10000.0  # base of the rotary angles; None: no rotary positions
+    rope_fraction: float = 1.0  # share of a head's channels that turn
+    rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", "factor": ...}, keys as in transformers
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False  # an RMSNorm over each head of q and k, before rotation
+    window: int | None = None  # how many tokens are seen, the own included; None: all
+    sinks: int = 0  # first tokens that stay visible outside the window
+    softcap: float | None = None  # c tanh(logits / c) before the softmax
+
+    def validate_heads(self):
+        """Heads must divide evenly, and the rule of visibility must be one."""
+        if self.head_dim is None:
+            self.divide("hidden_size", "num_heads")
+        if self.num_kv_heads is not None:
+            self.divide("num_heads", "num_kv_heads")
+        if self.window is not None and (self.window < 1 or not self.causal):
+            raise ValueError(f"TransformerConfig: window={self.window} must be positive and goes with causal=True only; None is no window")
+        if self.sinks < 0 or (self.sinks and self.window is None):
+            raise ValueError(f"TransformerConfig: sinks={self.sinks} needs a window beside it, and cannot be negative")
+
+    def validate_rope_scaling(self):
+        """The scaling must be one that `zoo.layers.rotary_table` knows."""
+        check_rope_scaling(self.rope_scaling)
+
+
+class TransformerMixer(Mixer):
+    """Softmax attention.
+
+    State: `k` and `v` `[B, L, G, K]`, `length` `[B]`, and without a window `bound` `[B, T, 0]`, whose shape alone says how
+    many tokens there may be. L grows in steps with the sequence; with a window it is fixed. A bidirectional layer sees its
+    whole sequence at once and has no state.
+    """
+
+    traits = Traits(bidirectional=True, constant_state=False)
+    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+    def __init__(self, config: TransformerConfig, layer: int):
+        super().__init__(config, layer)
+        if config.window is not None or not config.causal:
+            self.traits = replace(self.traits, constant_state=True)
+        self.causal, self.window, self.sinks, self.softcap = config.causal, config.window, config.sinks, config.softcap
+        self.heads, self.groups = config.num_heads, config.num_kv_heads or config.num_heads
+        self.keys = config.head_dim or config.divide("hidden_size", "num_heads")
+        self.rope = None if config.rope_theta is None else (config.rope_theta, config.rope_scaling)
+        self.turning = int(self.keys * config.rope_fraction) // 2 * 2
+        width = config.hidden_size
+        self.q_proj = nn.Linear(width, self.heads * self.keys, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, self.groups * self.keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, self.groups * self.keys, bias=config.qkv_bias)
+        self.out_proj = nn.Linear(self.heads * self.keys, width, bias=config.out_bias)
+        self.q_norm = RMSNorm(self.keys, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.keys, config.norm_eps) if config.qk_norm else nn.Identity()
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
+        if not self.causal:
+            return {}
+        slots = cache.capacity(length) if self.window is None else self.window + self.sinks
+        k, v = (torch.zeros(batch, slots, self.groups, self.keys, dtype=dtype, device=device) for _ in range(2))
+        state = {"k": k, "v": v, "length": torch.zeros(batch, dtype=torch.long, device=device)}
+        return state if self.window is not None else state | {"bound": k.new_empty(batch, 0, 0)}
+
+    def operator_flops(self, length: int) -> int:
+        seen = min(length, length if self.window is None else self.window + self.sinks)
+        pairs = seen * (seen + 1) // 2 + (length - seen) * seen if self.causal else length * length
+        return flops(pairs, self.heads, self.keys, self.keys)
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        positions = token_positions(x, state["length"] if state else None, packing)
+        q = self.q_norm(split_heads(self.q_proj(x), self.heads))
+        k = self.k_norm(split_heads(self.k_proj(x), self.groups))
+        v = split_heads(self.v_proj(x), self.groups)
+        if self.rope is not None:
+            table = rotary_table(positions, self.turning, *self.rope)
+            q, k = rotate(q, table), rotate(k, table)
+        o, state = self.attend(q, k, v, positions, state, packing)
+        return self.out_proj(merge_heads(o)), state
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: State | None, packing: Packing | None
+    ) -> tuple[Tensor, State]:
+        """Attention of these queries to the cached and the new keys, and the cache after."""
+        rule = {"causal": self.causal, "window": self.window, "sinks": self.sinks, "softcap": self.softcap}
+        if not self.causal:
+            return ops.attention(q, k, v, **rule, packing=packing)[0], {}
+        if self.window is None:
+            after = cache.append(state, k, v, packing=packing)
+            keys, values, kv_positions = after["k"], after["v"], cache.positions(after)
+        else:
+            keys, values, kv_positions, after = cache.ring_append(state, k, v, self.window, self.sinks, packing=packing)
+        if state is None:
+            return ops.attention(q, k, v, **rule, packing=packing)[0], after
+        if packing is not None:
+            q, positions = packing.pad(q), packing.pad(positions, -1)
+        o, _ = ops.attention(q, keys, values, **rule, q_positions=positions, kv_positions=kv_positions)
+        return o if packing is None else packing.unpad(o), after
+
+
+register(
+    "transformer",
+    config=TransformerConfig,
+    mixer=TransformerMixer,
+    title="LLaMA: Open and Efficient Foundation Language Models",
+    paper="arXiv:2302.13971",
+    presets={
+        "tiny": dict(hidden_size=32, num_hidden_layers=2, num_heads=4, num_kv_heads=2, vocab_size=256),
+        "smollm2-135m": dict(
+            hidden_size=576, num_hidden_layers=30, num_heads=9, num_kv_heads=3, intermediate_size=1536, vocab_size=49152,
+            rope_theta=100000.0, tie_word_embeddings=True,
+        ),
+        "340m": dict(hidden_size=1024, num_hidden_layers=24, num_heads=16),
+        "1.3b": dict(hidden_size=2048, num_hidden_layers=24, num_heads=32),
+    },
+)  # fmt: skip
