@@ -103,7 +103,7 @@ register(
     paper="arXiv:2412.06464",
     presets={
         "tiny": dict(hidden_size=32, num_hidden_layers=2, num_heads=2, num_v_heads=4, head_dim=8, vocab_size=256),
-        "340m": dict(hidden_size=1024, num_hidden_layers=21, num_heads=3),
+        "340m": dict(hidden_size=1024, num_hidden_layers=21, num_heads=3, tie_word_embeddings=True),
         "1.3b": dict(hidden_size=2048, num_hidden_layers=21),
     },
 )

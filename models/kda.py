@@ -1,0 +1,103 @@
+"""Kimi Delta Attention: the delta rule on a matrix memory that forgets channel by channel.
+
+    S_t = (I - beta_t k_t k_t^T) diag(alpha_t) S_{t-1} + beta_t k_t v_t^T,    o_t = q_t S_t / sqrt(K)     (eq. 1)
+    log alpha_t = -exp(A) softplus(W_2 W_1 x_t + b),    beta_t = sigmoid(W_b x_t)
+    y_t = W_O (rmsnorm(o_t) * sigmoid(W_4 W_3 x_t))
+
+Queries and keys pass a short convolution and SiLU and have length one, values pass the convolution and SiLU; the decay and
+the output gate come through projections of the rank of one head.
+
+Paper: Kimi Team 2025, "Kimi Linear", arXiv:2510.26692: recurrence eq. 1, parameterisation in section 4. beta up to two, for
+negative eigenvalues, after arXiv:2411.12537.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from zoo import ops
+from zoo.config import ZooConfig
+from zoo.kernels.delta_rule import flops
+from zoo.kernels.packing import Packing
+from zoo.layers import GatedNorm, LowRank, ShortConv, SoftplusDecay, merge_heads, split_heads, unit_length, wide
+from zoo.mixer import Mixer, State
+from zoo.registry import register
+
+
+@strict
+class KDAConfig(ZooConfig):
+    """Sizes of the heads, and where published models differ."""
+
+    model_type = "zoo_kda"
+
+    num_heads: int = 16  # H
+    head_dim: int = 128  # K
+    value_ratio: float = 1.0  # V = K * value_ratio
+    conv_kernel: int | None = 4  # W, tokens the short convolution sees; None or 0: no convolution
+    gate_bias: bool = False  # a bias in the output gate
+    allow_negative_eigenvalues: bool = False  # beta reaches 2 instead of 1
+
+    def validate_heads(self):
+        """Heads must have whole value channels."""
+        if self.head_dim * self.value_ratio % 1:
+            raise ValueError(f"KDAConfig: head_dim={self.head_dim} times value_ratio={self.value_ratio} is no whole number")
+
+
+class KDAMixer(Mixer):
+    """State: `memory` `[B, H, K, V]`, and `conv`, the last inputs of the convolution over q, k and v, `[B, W - 1, .]`."""
+
+    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+    def __init__(self, config: KDAConfig, layer: int):
+        super().__init__(config, layer)
+        width, self.heads = config.hidden_size, config.num_heads
+        self.keys, self.values = config.head_dim, int(config.head_dim * config.value_ratio)
+        keys, values = self.heads * self.keys, self.heads * self.values
+        self.sizes = [keys, keys, values]
+        self.largest_beta = 2.0 if config.allow_negative_eigenvalues else 1.0
+        self.q_proj = nn.Linear(width, keys, bias=False)
+        self.k_proj = nn.Linear(width, keys, bias=False)
+        self.v_proj = nn.Linear(width, values, bias=False)
+        self.conv = ShortConv(sum(self.sizes), config.conv_kernel) if config.conv_kernel else None
+        self.beta_proj = nn.Linear(width, self.heads, bias=False)
+        self.decay_proj = LowRank(width, self.values, keys, bias=False)
+        self.decay = SoftplusDecay(self.heads, self.keys)
+        self.gate_proj = LowRank(width, self.values, values, bias=config.gate_bias)
+        self.norm = GatedNorm(self.values, eps=config.norm_eps, activation="sigmoid")
+        self.out_proj = nn.Linear(values, width, bias=False)
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        state = {"memory": torch.zeros(batch, self.heads, self.keys, self.values, dtype=wide, device=device)}
+        return state if self.conv is None else state | {"conv": self.conv.initial_state(batch, dtype, device)}
+
+    def operator_flops(self, length: int) -> int:
+        return flops(length, self.heads, self.keys, self.values)
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        qkv, after = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), {}
+        if self.conv is None:
+            qkv = F.silu(qkv)
+        else:
+            qkv, after["conv"] = self.conv(qkv, state["conv"] if state else None, packing)
+        q, k, v = (split_heads(t, self.heads) for t in qkv.split(self.sizes, dim=-1))
+        beta = self.largest_beta * wide(self.beta_proj(x)).sigmoid()
+        log_decay = self.decay(self.decay_proj(x))
+        memory = state["memory"] if state else None
+        o, after["memory"] = ops.delta_rule(unit_length(q), unit_length(k), v, beta, log_decay, state=memory, packing=packing)
+        return self.out_proj(merge_heads(self.norm(o, split_heads(self.gate_proj(x), self.heads)))), after
+
+
+register(
+    "kda",
+    config=KDAConfig,
+    mixer=KDAMixer,
+    title="Kimi Linear: An Expressive, Efficient Attention Architecture",
+    paper="arXiv:2510.26692",
+    presets={
+        "tiny": dict(hidden_size=32, num_hidden_layers=2, num_heads=2, head_dim=8, vocab_size=256),
+        "340m": dict(hidden_size=1024, num_hidden_layers=24, num_heads=8, tie_word_embeddings=True),
+        "1.3b": dict(hidden_size=2048, num_hidden_layers=24),
+    },
+)
