@@ -1,0 +1,103 @@
+"""HGRN2: a gated linear RNN whose state is expanded by outer products, its input gate being one minus the forget gate.
+
+    f_t = gamma + (1 - gamma) sigmoid(W_f x_t),    k_t = 1 - f_t
+    S_t = diag(f_t) S_{t-1} + k_t v_t^T,    o_t = swish(W_q x_t) S_t / sqrt(K)
+    y_t = rmsnorm(o_t) W_O,    the norm over all heads at once
+
+gamma is a learned lower bound of the forget gate, growing from layer to layer so that upper layers remember longer. The
+authors tie the bounds of all layers by a cumulative softmax; here each layer owns the logit of its bound (the first, whose
+bound is zero, has none). Any bounds of theirs can be written so, and initially layer l of L has l / L in both.
+
+Papers: Qin, Yang, Sun, Shen, Li, Sun, Zhong 2024, arXiv:2404.07904, section 3; the bounds are those of HGRN,
+arXiv:2311.04823, section 3.
+"""
+
+import math
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from zoo import ops
+from zoo.config import ZooConfig
+from zoo.kernels.linear_attention import flops
+from zoo.kernels.packing import Packing
+from zoo.layers import RMSNorm, merge_heads, split_heads, wide
+from zoo.mixer import Mixer, State
+from zoo.registry import register
+
+
+@strict
+class HGRN2Config(ZooConfig):
+    """How far the state is expanded."""
+
+    model_type = "zoo_hgrn2"
+
+    expansion: int = 128  # K = V: every channel of the width has this many numbers of state; H = D / K
+
+    def validate_expansion(self):
+        """The expansion must divide the width."""
+        self.divide("hidden_size", "expansion")
+
+
+class HGRN2Mixer(Mixer):
+    """State: `memory` `[B, H, K, K]`."""
+
+    lora_targets = ("q_proj", "forget_proj", "v_proj", "out_proj")
+
+    def __init__(self, config: HGRN2Config, layer: int):
+        super().__init__(config, layer)
+        width, self.keys = config.hidden_size, config.expansion
+        self.heads = config.divide("hidden_size", "expansion")
+        self.first_bound = layer / config.num_hidden_layers
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.forget_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.bound_logit = nn.Parameter(torch.empty(width)) if layer else None
+        self.norm = RMSNorm(width, config.norm_eps)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.bound_logit is not None:
+            init.constant_(self.bound_logit, math.log(self.first_bound / (1 - self.first_bound)))
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return {"memory": torch.zeros(batch, self.heads, self.keys, self.keys, dtype=wide, device=device)}
+
+    def operator_flops(self, length: int) -> int:
+        return flops(length, self.heads, self.keys, self.keys)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log f and 1 - f, `[B, T, D]`; neither is computed from the other, so that neither loses digits."""
+        logit = wide(self.forget_proj(x))
+        log_forget, write = F.logsigmoid(logit), torch.sigmoid(-logit)
+        if self.bound_logit is None:
+            return log_forget, write
+        bound = wide(self.bound_logit)
+        return torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + log_forget), torch.sigmoid(-bound) * write
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        log_forget, write = self.gates(x)
+        tensors = (F.silu(self.q_proj(x)), write.to(x.dtype), self.v_proj(x), log_forget)
+        q, k, v, log_decay = (split_heads(t, self.heads) for t in tensors)
+        o, memory = ops.linear_attention(q, k, v, log_decay, state=state["memory"] if state else None, packing=packing)
+        return self.out_proj(self.norm(merge_heads(o))), {"memory": memory}
+
+
+register(
+    "hgrn2",
+    config=HGRN2Config,
+    mixer=HGRN2Mixer,
+    title="HGRN2: Gated Linear RNNs with State Expansion",
+    paper="arXiv:2404.07904",
+    presets={
+        "tiny": dict(hidden_size=32, num_hidden_layers=2, expansion=16, vocab_size=256),
+        "340m": dict(hidden_size=1024, num_hidden_layers=24),
+        "1.3b": dict(hidden_size=2048, num_hidden_layers=24),
+        "2.7b": dict(hidden_size=2560, num_hidden_layers=32),
+    },
+)

@@ -1,0 +1,127 @@
+"""Mamba-2: a selective state space model that decays by one number per head, which makes it linear attention.
+
+    z, x, B, C, dt = split(W_in u_t);    x, B, C = silu(conv(x, B, C));    dt = softplus(dt + b)
+    S_t = exp(dt_t A_h) S_{t-1} + B_t (dt_t x_t)^T,    y_t = C_t S_t + D_h x_t,    A_h < 0
+    output: rmsnorm(y_t * silu(z_t)) W_out
+
+So C are queries, B keys, shared by the heads of a group, and dt x values.
+
+Paper: Dao, Gu 2024, arXiv:2405.21060: the duality in section 3, the block in section 7 (figure 6, right).
+"""
+
+import math
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from zoo import ops
+from zoo.config import ZooConfig
+from zoo.kernels.linear_attention import flops
+from zoo.kernels.packing import Packing
+from zoo.layers import GatedNorm, ShortConv, merge_heads, split_heads, wide
+from zoo.mixer import Mixer, State
+from zoo.registry import register
+
+
+@strict
+class Mamba2Config(ZooConfig):
+    """Sizes of the state, and the range of the first time steps."""
+
+    model_type = "zoo_mamba2"
+
+    channel_mixer: str | None = None
+
+    expand: float = 2.0  # inner width = D * expand
+    head_dim: int = 64  # P, channels per head (V); H = D * expand / P
+    state_size: int = 128  # N, the length of B and C (K)
+    num_groups: int = 1  # sets of B and C, each shared by H / num_groups heads
+    conv_kernel: int = 4  # tokens seen by the short convolution
+    conv_bias: bool = True
+    bias: bool = False  # biases of the two projections
+    norm_groups: int | None = None  # groups of the output norm; None: num_groups
+    dt_min: float = 1e-3  # initial time steps are log-uniform between dt_min and dt_max
+    dt_max: float = 1e-1
+
+    def validate_inner(self):
+        """The inner width must be a whole number of heads, and heads of groups."""
+        inner = int(self.hidden_size * self.expand)
+        if inner % self.head_dim or inner // self.head_dim % self.num_groups:
+            raise ValueError(
+                f"Mamba2Config: the inner width {inner} must be divisible by head_dim={self.head_dim}, "
+                f"and the heads that gives by num_groups={self.num_groups}"
+            )
+
+
+class Mamba2Mixer(Mixer):
+    """State: `conv` `[B, W - 1, H P + 2 G N]`, inputs of the convolution, and `memory` `[B, H, N, P]`."""
+
+    lora_targets = ("in_proj", "out_proj")
+
+    def __init__(self, config: Mamba2Config, layer: int):
+        super().__init__(config, layer)
+        self.inner, self.values, self.keys, self.groups = (
+            int(config.hidden_size * config.expand), config.head_dim, config.state_size, config.num_groups,
+        )  # fmt: skip
+        self.heads, self.dt_range = self.inner // self.values, (config.dt_min, config.dt_max)
+        mixed = self.inner + 2 * self.groups * self.keys
+        self.in_proj = nn.Linear(config.hidden_size, self.inner + mixed + self.heads, bias=config.bias)
+        self.conv = ShortConv(mixed, config.conv_kernel, bias=config.conv_bias)
+        self.dt_bias = nn.Parameter(torch.empty(self.heads))
+        self.A_log = nn.Parameter(torch.empty(self.heads))
+        self.D = nn.Parameter(torch.empty(self.heads))
+        self.norm = GatedNorm(self.inner, groups=config.norm_groups or self.groups, eps=config.norm_eps, norm_before_gate=False)
+        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.bias)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        low, high = self.dt_range
+        init.uniform_(self.dt_bias, math.log(low), math.log(high))
+        dt = self.dt_bias.detach().exp()
+        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus gives dt back
+        init.uniform_(self.A_log, 1.0, 16.0)
+        init.copy_(self.A_log, self.A_log.detach().log())
+        init.ones_(self.D)
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        memory = torch.zeros(batch, self.heads, self.keys, self.values, dtype=wide, device=device)
+        return {"conv": self.conv.initial_state(batch, dtype, device), "memory": memory}
+
+    def operator_flops(self, length: int) -> int:
+        return flops(length, self.heads, self.keys, self.values)
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        shared = self.groups * self.keys
+        z, mixed, dt = self.in_proj(x).split([self.inner, self.inner + 2 * shared, self.heads], dim=-1)
+        mixed, conv = self.conv(mixed, state["conv"] if state else None, packing)
+        u, B, C = mixed.split([self.inner, shared, shared], dim=-1)
+        u, B, C = split_heads(u, self.heads), split_heads(B, self.groups), split_heads(C, self.groups)
+        dt = F.softplus(wide(dt) + wide(self.dt_bias))
+        log_decay = -dt * wide(self.A_log).exp()
+        v = (wide(u) * dt.unsqueeze(-1)).to(x.dtype)
+        memory = state["memory"] if state else None
+        y, memory = ops.linear_attention(C, B, v, log_decay, scale=1.0, state=memory, packing=packing)
+        y = merge_heads(y + self.D.to(x.dtype).unsqueeze(-1) * u)
+        return self.out_proj(self.norm(y, z)), {"conv": conv, "memory": memory}
+
+
+_PUBLISHED = dict(vocab_size=50288, tie_word_embeddings=True)
+
+register(
+    "mamba2",
+    config=Mamba2Config,
+    mixer=Mamba2Mixer,
+    title="Transformers are SSMs: Generalized Models and Efficient Algorithms Through Structured State Space Duality",
+    paper="arXiv:2405.21060",
+    presets={
+        "tiny": dict(hidden_size=32, num_hidden_layers=2, head_dim=16, state_size=8, num_groups=2, vocab_size=256),
+        "130m": dict(hidden_size=768, num_hidden_layers=24, **_PUBLISHED),
+        "370m": dict(hidden_size=1024, num_hidden_layers=48, **_PUBLISHED),
+        "780m": dict(hidden_size=1536, num_hidden_layers=48, **_PUBLISHED),
+        "1.3b": dict(hidden_size=2048, num_hidden_layers=48, **_PUBLISHED),
+        "2.7b": dict(hidden_size=2560, num_hidden_layers=64, **_PUBLISHED),
+    },
+)
