@@ -7,6 +7,7 @@ a plan entry may override any of them.
 """
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 
 from zoo.config import ZooConfig
 from zoo.registry import get, register
@@ -40,7 +41,7 @@ class HybridConfig(ZooConfig):
             raise ValueError(f"plan entry {index}: {mixer!r} has no mixer of its own")
         try:
             return family.config(**self.shared_fields() | fields)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, StrictDataclassError) as error:
             raise ValueError(f"plan entry {index} ({mixer}): {error}") from error
 
 

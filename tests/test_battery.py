@@ -11,7 +11,7 @@ from zoo import registry
 from zoo.evaluate.conformance import MIXER_PROPERTIES, run
 from zoo.evaluate.model_properties import MODEL_PROPERTIES
 
-TOY = '''
+TOY = """
 import torch
 from torch import nn
 
@@ -54,7 +54,7 @@ class {prefix}Mixer(Mixer):
 
 register("{name}", config={prefix}Config, mixer={prefix}Mixer, title="A toy", paper="none",
          presets={{"tiny": dict(hidden_size=32, num_hidden_layers=2, vocab_size=256)}})
-'''
+"""
 
 # name -> (what to replace in the toy, by what, properties of which at least one must object)
 BROKEN = {
@@ -63,7 +63,11 @@ BROKEN = {
         "v = v + v.mean(1, keepdim=True)\n        o, memory = ops",
         {"sees_no_future", "prefill_then_steps_equal_the_whole"},
     ),
-    "forgets_the_gradient": ('{{"memory": memory}}\n\n\nregister', '{{"memory": memory.detach()}}\n\n\nregister', {"state_passes_gradients"}),
+    "forgets_the_gradient": (
+        '{{"memory": memory}}\n\n\nregister',
+        '{{"memory": memory.detach()}}\n\n\nregister',
+        {"state_passes_gradients"},
+    ),
     "mixes_documents": ("state=memory, packing=packing)", "state=memory)", {"packed_documents_are_separate"}),
     "ignores_the_state": ("state=memory, packing", "state=None, packing", {"prefill_then_steps_equal_the_whole"}),
     "grows_its_state": (
@@ -87,7 +91,11 @@ BROKEN = {
         '        self.register_buffer("lost", torch.full((3,), 7.0), persistent=False)\n        self.out_proj = nn',
         {"initialises_what_a_checkpoint_lacks"},
     ),
-    "branches_on_data": ("o, memory = ops", "q = q * 2 if q.sum() > 0 else q\n        o, memory = ops", {"compiles_whole", "trains_compiled"}),
+    "branches_on_data": (
+        "o, memory = ops",
+        "q = q * 2 if q.sum() > 0 else q\n        o, memory = ops",
+        {"compiles_whole", "trains_compiled"},
+    ),
     "overflows": ("o, memory = ops", "k = (10 * k).exp()\n        o, memory = ops", {"survives_extreme_inputs"}),
     "counts_pads": (
         "o, memory = ops",

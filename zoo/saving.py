@@ -54,13 +54,16 @@ class CheckpointMixin:
         Raises:
             ValueError: naming the keys and the nearest ones, or the file that cannot be read.
         """
+        allow_shapes = bool(kwargs.pop("ignore_mismatched_sizes", False))
         try:
-            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         except SafetensorError as error:
             raise ValueError(
                 f"{pretrained_model_name_or_path}: a safetensors file is truncated or corrupt ({error}); download or save it again"
             ) from error
-        check_keys(cls.__name__, model, info, bool(kwargs.get("ignore_mismatched_sizes")))
+        check_keys(cls.__name__, model, info, allow_shapes)
         return (model, info) if output_loading_info else model
 
 

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from zoo.evaluate.closeness import assert_close
@@ -28,7 +29,7 @@ def refused(function: Callable[[], object], word: str) -> None:
     """Assert that the call raises ValueError (or TypeError) and that the message speaks of `word`."""
     try:
         function()
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, StrictDataclassError) as error:
         assert word in str(error), f"refused, but without naming {word!r}: {error}"
     else:
         raise AssertionError(f"expected an error that names {word!r}, got none")
