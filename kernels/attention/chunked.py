@@ -65,9 +65,13 @@ class Softmax:
         if added is not None:
             logits = logits + added
         logits = logits.masked_fill(~safe, -torch.inf)
-        out = (logits.softmax(-1).reshape(*grouped, k.shape[2]) @ v).reshape(batch, heads, queries, -1)
+        top = logits.detach().amax(-1, keepdim=True)
+        weights = (logits - top).exp()
+        total = weights.sum(-1, keepdim=True)
+        out = (weights.reshape(*grouped, k.shape[2]) @ v).reshape(batch, heads, queries, -1) / total
         out = out.transpose(1, 2).masked_fill(blind.unsqueeze(-1), 0).to(dtype)
-        return out, logits.logsumexp(-1).transpose(1, 2).masked_fill(blind, -torch.inf) if self.return_lse else None
+        lse = (total.log() + top).squeeze(-1).transpose(1, 2).masked_fill(blind, -torch.inf) if self.return_lse else None
+        return out, lse
 
 
 def native(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, causal: bool = False) -> Tensor:
