@@ -10,6 +10,7 @@ from zoo.kernels import scan as scans
 from zoo.kernels.long_conv import long_conv
 from zoo.kernels.long_conv.chunked import fft_length
 from zoo.kernels.scan import OP, scan, selective_scan, selective_step, selective_summarize
+from zoo.kernels.scan.chunked import CHUNK
 from zoo.kernels.scan.selective import OP as SELECTIVE
 from zoo.ops import Packing
 
@@ -139,6 +140,21 @@ def test_selective_segments_compose(case):
         assert_close(r, p, e, name)
 
 
+@SELECTIVES
+def test_selective_scan_crosses_its_own_chunks(case):
+    """Whose states come from chunk to chunk, and whose gradients go back so."""
+    given = drawn(SELECTIVE, case, 2 * CHUNK + 7, batch=1)
+    results = []
+    for precision, backend in ((dict, "reference"), (narrow, "reference"), (narrow, "chunked")):
+        leaves = {n: v.requires_grad_() for n, v in precision(given).items() if v is not None}
+        outs = selective_scan(**leaves, backend=backend)
+        grads = torch.autograd.grad(outs, list(leaves.values()), [o.detach() for o in outs])
+        results.append([o.detach() for o in outs] + list(grads))
+        given = {n: None if v is None else v.detach() for n, v in given.items()}
+    for i, (exact, plain, result) in enumerate(zip(*results, strict=True)):
+        assert_close(result, plain, exact, f"output or gradient {i}", gradient=i > 1)
+
+
 @pytest.mark.parametrize("rate", [0.0, -1e-6, -80.0, -1e4])
 def test_selective_scan_survives_hostile_rates(rate):
     given = drawn(SELECTIVE, "grouped", 67)
@@ -152,7 +168,7 @@ def test_selective_scan_survives_hostile_rates(rate):
 
 def test_selective_scan_keeps_chunks_not_tokens_for_the_gradient():
     """What the graph holds between forward and backward grows by far less than one [D, N] state a token."""
-    given = {n: v.requires_grad_() for n, v in narrow(drawn(SELECTIVE, "skip", 1024, batch=1)).items()}
+    given = {n: v.requires_grad_() for n, v in narrow(drawn(SELECTIVE, "skip", 4 * CHUNK, batch=1)).items()}
     saved = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -161,7 +177,7 @@ def test_selective_scan_keeps_chunks_not_tokens_for_the_gradient():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out, _ = selective_scan(**given, backend="chunked")
-    states = given["A"].numel() * 1024 * given["A"].element_size()
+    states = given["A"].numel() * 4 * CHUNK * given["A"].element_size()
     inputs = sum(given[n].numel() * 4 for n in ("x", "dt", "B", "C"))
     assert sum(saved.values()) < inputs + states / 4
     assert out.requires_grad

@@ -23,7 +23,7 @@ from zoo.kernels.checks import accumulator
 from zoo.kernels.chunking import chunk_size
 from zoo.kernels.scan.reference import carried_dtype, real_part
 
-CHUNK = 64  # tokens whose [D, N] states exist at one time in a selective scan
+CHUNK, LEAST, NUMBERS = 256, 16, 2**22  # a selective scan's chunk: most and least tokens; numbers its states may be in all
 WIDE, WIDE_CPU = 2**20, 2**12  # numbers a token has from which a device is busy with one token, and one pass is best
 
 
@@ -48,8 +48,9 @@ def selective_scan(x, dt, A, B, C, D, state) -> tuple[Tensor, Tensor]:
         state = A.new_zeros(x.shape[0], *A.shape, dtype=acc)
     state = state.unflatten(1, (groups, -1)).transpose(2, 3)
     recompute = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, rates, B, C, state))
+    chunk = min(max(NUMBERS // state.numel(), LEAST), CHUNK)
     outs = []
-    for pieces in zip(*(t.split(CHUNK, dim=1) for t in (x, dt, B, C)), strict=True):
+    for pieces in zip(*(t.split(chunk, dim=1) for t in (x, dt, B, C)), strict=True):
         if recompute:
             out, state = checkpoint(_selective_chunk, *pieces, rates, state, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -49,8 +49,8 @@ def selective_scan(
         ValueError: a shape, dtype or device that breaks the contract, naming the argument.
         BackendError: the backend asked for cannot run here.
 
-    Cost: `6 B T D N` FLOP and as many exponentials as states. `chunked` holds the states of C = 64 tokens at a time, and
-    for the backward pass one state every C tokens.
+    Cost: `6 B T D N` FLOP and `B T D N` exponentials. `chunked` holds the states of C tokens at a time, and for the
+    backward pass one state every C tokens; C is 256, or less (down to 16) where that would be over 2^22 numbers.
 
     Source: Mamba arXiv:2312.00752, Algorithm 2, with B discretised as `dt B`; complex states as in S4D arXiv:2206.11893.
     """
@@ -66,6 +66,7 @@ def selective_scan(
     shapes("dt", dt, "B T D")
     shapes.not_empty("B", "T", "D")
     shapes("A", A, "D N")
+    shapes.not_empty("N")
     B, C = (g.unsqueeze(2) if g.ndim == 3 else g for g in (B, C))
     for name, group, tensor in (("B", "Gb", B), ("C", "Gc", C)):
         shapes(name, tensor, f"B T {group} N")
