@@ -54,7 +54,7 @@ def delta_rule(
         ValueError: a shape, dtype or device that breaks the contract, naming the argument.
         BackendError: the backend asked for cannot run here.
 
-    Cost: `6 B T H K V` FLOP for the recurrence itself; `chunked` works on chunks of 64 tokens, see `chunked.py`.
+    Cost: `6 B T H K V` FLOP for the recurrence itself; `chunked` works on chunks of 32 tokens, see `chunked.py`.
 
     Source: DeltaNet arXiv:2406.06484 (no decay); Gated DeltaNet arXiv:2412.06464 (one decay a head);
     Kimi Linear arXiv:2510.26692 (KDA, one decay a channel); negative eigenvalues, beta to 2: arXiv:2411.12537.

@@ -51,7 +51,7 @@ def general_delta_rule(
         ValueError: a shape, dtype or device that breaks the contract, naming the argument.
         BackendError: the backend asked for cannot run here.
 
-    Cost: `8 B T H K V` FLOP for the recurrence itself; `chunked` works on chunks of 64 tokens, see `chunked.py`.
+    Cost: `8 B T H K V` FLOP for the recurrence itself; `chunked` works on chunks of 32 tokens, see `chunked.py`.
 
     Source: RWKV-7 arXiv:2503.14456 (there `a = -kappa`, `b = kappa * rate`, scale 1).
     """
@@ -72,9 +72,7 @@ def general_delta_rule(
     return OP(tensors, {"scale": float(scale if scale is not None else shapes["K"] ** -0.5)}, packing, backend)
 
 
-def step(
-    q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, *, state: Tensor, scale: float | None = None
-) -> Tensor:
+def step(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, *, state: Tensor, scale: float | None = None) -> Tensor:
     """One token, `[B, H, K]` and `[B, H, V]` -> `[B, H, V]`; `state` `[B, H, K, V]` is updated in place (no gradient)."""
     with torch.no_grad():
         token = (x.unsqueeze(1) for x in (q, k, v, a, b, log_decay))
