@@ -6,7 +6,7 @@
 
 So C are queries, B keys, shared by the heads of a group, and dt x values.
 
-Paper: Dao, Gu 2024, arXiv:2405.21060: the duality in section 3, the block in section 7 (figure 6, right).
+Paper: Dao, Gu 2024, arXiv:2405.21060: the duality in section 5, the block in section 7 (figure 6, right).
 """
 
 import math

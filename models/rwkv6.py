@@ -1,0 +1,124 @@
+"""RWKV-6 (Finch): linear attention with data-dependent decay per channel, a bonus for the current token and token shift.
+
+    x'_* = x_t + (x_{t-1} - x_t) * (mu_* + tanh(x''_t A_*) B_*)    for * in w, k, v, r, g; x''_t = x_t + (x_{t-1} - x_t) * mu_x
+    r, k, v, g = W_r x'_r, W_k x'_k, W_v x'_v, silu(W_g x'_g)
+    w_t = exp(-exp(omega + tanh(x'_w A) B))
+    S_t = diag(w_t) S_{t-1} + k_t v_t^T,    o_t = r_t (S_{t-1} + diag(u) k_t v_t^T)
+    y_t = (g_t * groupnorm_h(o_t)) W_O
+
+Paper: Peng et al. 2024, arXiv:2404.05892: token shift, decay and recurrence in section 4, eq. 19 the recurrence.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from zoo import ops
+from zoo.config import ZooConfig
+from zoo.kernels.linear_attention import flops
+from zoo.kernels.packing import Packing
+from zoo.layers import GatedNorm, LowRank, merge_heads, split_heads, token_shift, wide
+from zoo.mixer import Mixer, State
+from zoo.registry import register
+
+
+@strict
+class RWKV6Config(ZooConfig):
+    """Sizes of the heads and ranks of what depends on the data."""
+
+    model_type = "zoo_rwkv6"
+
+    channel_mixer: str | None = "rwkv"
+    norm: str = "layernorm"
+    embedding_norm: bool = True
+
+    head_dim: int = 64  # K = V; H = D / K
+    mix_rank: int = 32  # rank of each of the five token shifts
+    decay_rank: int = 64  # rank of the decay's projection
+    head_norm_eps: float = 64e-5  # of the norm over each head
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None and self.channel_mixer == "rwkv":
+            self.intermediate_size = int(self.hidden_size * 3.5) // 32 * 32
+        super().__post_init__(**kwargs)
+
+    def validate_heads(self):
+        """Heads must divide evenly."""
+        self.divide("hidden_size", "head_dim")
+
+
+class RWKV6Mixer(Mixer):
+    """State: `shift` `[B, 1, D]`, the last token, and `memory` `[B, H, K, K]`."""
+
+    lora_targets = ("r_proj", "k_proj", "v_proj", "gate_proj", "out_proj")
+
+    def __init__(self, config: RWKV6Config, layer: int):
+        super().__init__(config, layer)
+        width, self.keys = config.hidden_size, config.head_dim
+        self.width, self.heads, self.depth = width, config.divide("hidden_size", "head_dim"), config.num_hidden_layers
+        self.mix = nn.Parameter(torch.empty(width))
+        self.mix_down = nn.Linear(width, 5 * config.mix_rank, bias=False)
+        self.mix_up = nn.ModuleList(nn.Linear(config.mix_rank, width) for _ in range(5))  # decay, k, v, r, gate; biases are mu
+        self.decay_proj = LowRank(width, config.decay_rank, width, activation=torch.tanh)
+        self.bonus = nn.Parameter(torch.empty(self.heads, self.keys))
+        self.r_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width, bias=False)
+        self.gate_proj = nn.Linear(width, width, bias=False)
+        self.norm = GatedNorm(width, groups=self.heads, kind="layer", eps=config.head_norm_eps, bias=True)
+        self.out_proj = nn.Linear(width, width, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As the authors start: channels ordered from those that look back to those that do not, from slow decay to fast."""
+        rise, fall = self.layer / max(self.depth - 1, 1), 1 - self.layer / self.depth
+        share = torch.arange(self.width) / self.width
+        init.copy_(self.mix, 1 - share**fall)
+        powers = (share**fall, share**fall, share**fall + 0.3 * rise, share ** (0.5 * fall), share ** (0.5 * fall))
+        for up, power in zip(self.mix_up, powers, strict=True):
+            init.copy_(up.bias, 1 - power)
+            init.uniform_(up.weight, -0.01, 0.01)
+        init.zeros_(self.mix_down.weight)
+        channel = torch.arange(self.width)
+        ramp = channel / (self.width - 1)
+        init.zeros_(self.decay_proj.down.weight)
+        init.uniform_(self.decay_proj.up.weight, -0.01, 0.01)
+        init.copy_(self.decay_proj.up.bias, -6 + 5 * ramp ** (0.7 + 1.3 * rise))
+        zigzag = 0.1 * ((channel + 1) % 3 - 1)
+        init.copy_(self.bonus, (rise * (1 - ramp) + zigzag).view(self.heads, self.keys))
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        memory = torch.zeros(batch, self.heads, self.keys, self.keys, dtype=wide, device=device)
+        return {"shift": torch.zeros(batch, 1, self.width, dtype=dtype, device=device), "memory": memory}
+
+    def operator_flops(self, length: int) -> int:
+        return flops(length, self.heads, self.keys, self.keys)
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        before, shift = token_shift(x, state["shift"] if state else None, packing)
+        back = before - x
+        ranks = torch.tanh(self.mix_down(x + back * self.mix)).chunk(5, dim=-1)
+        for_decay, for_k, for_v, for_r, for_gate = (x + back * up(low) for up, low in zip(self.mix_up, ranks, strict=True))
+        log_decay = -wide(self.decay_proj(for_decay)).exp()
+        tensors = (self.r_proj(for_r), self.k_proj(for_k), self.v_proj(for_v), log_decay)
+        r, k, v, log_decay = (split_heads(t, self.heads) for t in tensors)
+        memory = state["memory"] if state else None
+        o, memory = ops.linear_attention(r, k, v, log_decay, bonus=self.bonus, scale=1.0, state=memory, packing=packing)
+        return self.out_proj(self.norm(merge_heads(o), self.gate_proj(for_gate))), {"shift": shift, "memory": memory}
+
+
+register(
+    "rwkv6",
+    config=RWKV6Config,
+    mixer=RWKV6Mixer,
+    title="Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence",
+    paper="arXiv:2404.05892",
+    presets={
+        "tiny": dict(hidden_size=32, num_hidden_layers=2, head_dim=16, mix_rank=4, decay_rank=8, vocab_size=256),
+        "1.6b": dict(hidden_size=2048, num_hidden_layers=24, vocab_size=65536),
+        "3b": dict(hidden_size=2560, num_hidden_layers=32, vocab_size=65536),
+        "7b": dict(hidden_size=4096, num_hidden_layers=32, mix_rank=64, decay_rank=128, vocab_size=65536),
+    },
+)
