@@ -124,6 +124,12 @@ class SoftplusDecay(Layer):
         return -rate * step if self.channels is None else -rate.unsqueeze(-1) * split_heads(step, self.heads)
 
 
+def orthogonal(weight: Tensor, gain: float = 1.0) -> None:
+    """Initialise a matrix orthogonally, drawn in float32 whatever its dtype; a loaded one is left alone."""
+    drawn = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    init.copy_(weight, init.orthogonal_(drawn, gain=gain))
+
+
 def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(sum(x^2) + eps)` over the last dimension, in the dtype of x."""
     exact = wide(x)
