@@ -221,10 +221,10 @@ def own_fields(config: type) -> set[str]:
 
 @cache
 def attributes_read(path: Path) -> frozenset[str]:
-    """Names read as attributes, and strings handed to `divide` and `getattr`, which read the field they name."""
+    """Names read as attributes, and strings handed to `getattr` or to a method of the config, which reads the field they name."""
     names = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     for call in ast.walk(tree(path)):
-        if isinstance(call, ast.Call) and getattr(call.func, "attr", getattr(call.func, "id", "")) in ("divide", "getattr"):
+        if isinstance(call, ast.Call) and re.fullmatch(r"getattr|(self|config)\.\w+", ast.unparse(call.func)):
             names |= {argument.value for argument in call.args if isinstance(argument, ast.Constant)}
     return frozenset(names)
 
@@ -240,7 +240,7 @@ def test_every_shared_field_is_read():
     for_transformers = {"tie_word_embeddings", "bos_token_id", "eos_token_id"}  # it ties, and it ends generation
     fields = set(zoo.ZooConfig.__annotations__) - {"name", "keys_to_ignore_at_inference"}
     read = frozenset().union(*map(attributes_read, [*CORE, *MODELS]))
-    assert fields - read == for_transformers
+    assert fields - read <= for_transformers
 
 
 @each(ARCHITECTURE_FILES)
