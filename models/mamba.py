@@ -1,0 +1,104 @@
+"""Mamba: a selective state space, whose step size, input and output maps depend on the token.
+
+    h_t = exp(dt_t A) h_{t-1} + dt_t x_t B_t,    y_t = C_t . h_t + D x_t                 (Algorithm 2)
+    dt_t = softplus(W_dt r_t + b),    [r_t, B_t, C_t] = W_x x_t
+
+x passes a short convolution and SiLU before; y is gated by SiLU of the other half of the input projection (figure 3). The
+block has no channel mixer.
+
+Paper: Gu, Dao 2023, arXiv:2312.00752: Algorithm 2, figure 3, initialisation in section 3.6.
+"""
+
+import math
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from zoo import ops
+from zoo.config import ZooConfig
+from zoo.kernels.checks import accumulator
+from zoo.kernels.packing import Packing
+from zoo.kernels.scan.selective import selective_flops
+from zoo.layers import ShortConv, wide
+from zoo.mixer import Mixer, State
+from zoo.registry import register
+
+
+@strict
+class MambaConfig(ZooConfig):
+    """Sizes of the state space."""
+
+    model_type = "zoo_mamba"
+
+    channel_mixer: str | None = None
+    state_size: int = 16  # N, per channel
+    expand: float = 2.0  # inner width = D * expand
+    conv_kernel: int = 4  # W
+    conv_bias: bool = True
+    step_rank: int | None = None  # rank of the step size's projection; None: D / 16, rounded up
+
+
+class MambaMixer(Mixer):
+    """State: `memory` `[B, inner, N]`, and `conv`, the last inputs of the convolution, `[B, W - 1, inner]`."""
+
+    lora_targets = ("in_proj", "x_proj", "dt_proj", "out_proj")
+
+    def __init__(self, config: MambaConfig, layer: int):
+        super().__init__(config, layer)
+        width, self.states = config.hidden_size, config.state_size
+        self.inner, self.rank = int(width * config.expand), config.step_rank or -(-width // 16)
+        self.in_proj = nn.Linear(width, 2 * self.inner, bias=False)
+        self.conv = ShortConv(self.inner, config.conv_kernel, bias=config.conv_bias)
+        self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.states, bias=False)
+        self.dt_proj = nn.Linear(self.rank, self.inner)
+        self.A_log = nn.Parameter(torch.empty(self.inner, self.states))
+        self.D = nn.Parameter(torch.empty(self.inner))
+        self.out_proj = nn.Linear(self.inner, width, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.rank**-0.5
+        init.uniform_(self.dt_proj.weight, -bound, bound)
+        init.uniform_(self.dt_proj.bias, math.log(0.001), math.log(0.1))
+        step = self.dt_proj.bias.detach().exp()
+        init.copy_(self.dt_proj.bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
+        rates = torch.arange(1, self.states + 1, dtype=torch.float32, device=self.A_log.device)
+        init.copy_(self.A_log, rates.log().expand(self.inner, -1))
+        init.ones_(self.D)
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
+        memory = torch.zeros(batch, self.inner, self.states, dtype=accumulator(dtype), device=device)
+        return {"memory": memory, "conv": self.conv.initial_state(batch, dtype, device)}
+
+    def operator_flops(self, length: int) -> int:
+        return selective_flops(length, self.inner, self.states)
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        state = state or {}
+        x, gate = self.in_proj(x).chunk(2, dim=-1)
+        x, conv = self.conv(x, state.get("conv"), packing)
+        rank, B, C = self.x_proj(x).split([self.rank, self.states, self.states], dim=-1)
+        dt = F.softplus(wide(self.dt_proj(rank)))
+        A = -wide(self.A_log).exp()
+        y, memory = ops.selective_scan(wide(x), dt, A, wide(B), wide(C), D=wide(self.D), state=state.get("memory"), packing=packing)
+        return self.out_proj(y.to(x.dtype) * F.silu(gate)), {"memory": memory, "conv": conv}
+
+
+register(
+    "mamba",
+    config=MambaConfig,
+    mixer=MambaMixer,
+    title="Mamba: Linear-Time Sequence Modeling with Selective State Spaces",
+    paper="arXiv:2312.00752",
+    presets={
+        "tiny": dict(hidden_size=32, num_hidden_layers=2, state_size=8, vocab_size=256),
+        "130m": dict(hidden_size=768, num_hidden_layers=24, vocab_size=50280, tie_word_embeddings=True),
+        "370m": dict(hidden_size=1024, num_hidden_layers=48, vocab_size=50280, tie_word_embeddings=True),
+        "790m": dict(hidden_size=1536, num_hidden_layers=48, vocab_size=50280, tie_word_embeddings=True),
+        "1.4b": dict(hidden_size=2048, num_hidden_layers=48, vocab_size=50280, tie_word_embeddings=True),
+        "2.8b": dict(hidden_size=2560, num_hidden_layers=64, vocab_size=50280, tie_word_embeddings=True),
+    },
+)
