@@ -136,6 +136,28 @@ def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
     return (exact * torch.rsqrt(exact.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
 
 
+class BlockLinear(Layer):
+    """A linear map with a block-diagonal matrix: `weight` `[blocks, K, K]` (in, out), each block mixing K = width / blocks neighbours."""
+
+    def __init__(self, width: int, blocks: int, bias: bool = True):
+        super().__init__()
+        if width % blocks:
+            raise ValueError(f"BlockLinear: {blocks} blocks do not divide the width {width}")
+        self.blocks = blocks
+        self.weight = nn.Parameter(torch.empty(blocks, width // blocks, width // blocks))
+        self.bias = nn.Parameter(torch.empty(width)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.normal_(self.weight, std=self.weight.shape[-1] ** -0.5)
+        if self.bias is not None:
+            init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = merge_heads(torch.einsum("...ni,nio->...no", split_heads(x, self.blocks), self.weight))
+        return y if self.bias is None else y + self.bias
+
+
 def wide(x: Tensor) -> Tensor:
     """x in float32, or as it is in float64: for gates and decays, which must not be rounded to half precision."""
     return x if x.dtype == torch.float64 else x.float()
@@ -217,3 +239,36 @@ def token_positions(x: Tensor, seen: Tensor | None = None, packing: Packing | No
         return positions.unsqueeze(0)
     positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
     return positions if seen is None else positions + seen.unsqueeze(1)
+
+
+def exponential_gates(
+    log_forget: Tensor, log_input: Tensor, start: Tensor | None = None, packing: Packing | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gates of any size, rescaled so that none exceeds one (xLSTM, arXiv:2405.04517, eq. 15-17).
+
+    Where `S_t = f_t S_{t-1} + i_t k_t v_t^T` may overflow, `exp(-m_t) S_t` with `m_t = max(log f_t + m_{t-1}, log i_t)` does
+    not: it decays by `exp(log f_t + m_{t-1} - m_t)` and is written with `exp(log i_t - m_t)`. The recurrence of m is a
+    cumulative maximum. m is a choice of units in which S is kept, so no gradient passes through it.
+
+    Args:
+        log_forget, log_input: `[B, T, H]`, logarithms of f and i, of any size.
+        start: m_0, `[B, H]` (one row per sequence with packing). Default 0.
+
+    Returns:
+        log_decay and log_write, float64 `[B, T, H]`, never positive; m `[B, T, H]` and its last value `[B, H]`, as float32
+        (float64 for float64 gates).
+    """
+    with torch.no_grad():
+        forget, write = log_forget.double(), log_input.double()
+        if packing is not None:  # behind its end a sequence keeps its m
+            forget, write = packing.pad(forget), packing.pad(write, -math.inf)
+        start = torch.zeros_like(forget[:, 0]) if start is None else start.double()
+        total = forget.cumsum(1)
+        m = total + torch.maximum((write - total).cummax(1).values, start.unsqueeze(1))
+        m = m.to(wide(log_input).dtype)  # rounded before use, so that a state and its stored m belong together
+        before, last = torch.cat([start.unsqueeze(1), m[:, :-1]], dim=1), m[:, -1]
+        if packing is not None:
+            m, before = packing.unpad(m), packing.unpad(before)
+    log_decay, log_write = log_forget.double() + before - m, log_input.double() - m
+    # rounding may leave them a little above zero: take that off without touching the gradient
+    return log_decay - log_decay.detach().clamp(min=0), log_write - log_write.detach().clamp(min=0), m, last
