@@ -66,7 +66,7 @@ class RWKV7Mixer(Mixer):
         super().__init__(config, layer)
         self.width, self.keys, self.layers = config.hidden_size, config.head_dim, config.num_hidden_layers
         width, self.heads = self.width, self.width // self.keys
-        self.shift_mix = nn.Parameter(torch.empty(len(SHIFTS), width))
+        self.shift_mix = nn.ParameterDict({name: torch.empty(width) for name in SHIFTS})
         self.k_k = nn.Parameter(torch.empty(width))
         self.k_a = nn.Parameter(torch.empty(width))
         self.r_k = nn.Parameter(torch.empty(self.heads, self.keys))
@@ -87,7 +87,8 @@ class RWKV7Mixer(Mixer):
         line = channel / max(1, self.width - 1) - 0.5
         zigzag = 2 * (channel % self.keys) / max(1, self.keys - 1) - 1  # from -1 to 1 within each head
         zigzag = zigzag * zigzag.abs()
-        init.copy_(self.shift_mix, torch.stack([1 - (channel / self.width) ** (power * left) for power in SHIFTS.values()]))
+        for name, power in SHIFTS.items():
+            init.copy_(self.shift_mix[name], 1 - (channel / self.width) ** (power * left))
         init.copy_(self.k_k, 0.71 - 0.1 * line)
         init.constant_(self.k_a, 1.02)
         init.constant_(self.r_k, -0.04)
@@ -118,7 +119,7 @@ class RWKV7Mixer(Mixer):
         self, x: Tensor, state: State | None = None, packing: Packing | None = None, carry: Tensor | None = None
     ) -> tuple[Tensor, State, Tensor]:
         before, shift = token_shift(x, state["shift"] if state else None, packing)
-        xr, xw, xk, xv, xa, xg = (x + (before - x) * mix for mix in self.shift_mix)
+        xr, xw, xk, xv, xa, xg = (x + (before - x) * self.shift_mix[name] for name in SHIFTS)
         r, k, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
         log_decay = -DECAY * wide(self.decay_proj(xw)).sigmoid()
         rate = wide(self.rate_proj(xa)).sigmoid().to(k.dtype)

@@ -1,0 +1,143 @@
+"""RWKV-4: an average of all values so far, weighted by their keys and by how long ago they were.
+
+    wkv_t = (sum_{s<t} e^{k_s - (t-1-s) w} v_s + e^{u + k_t} v_t) / (sum_{s<t} e^{k_s - (t-1-s) w} + e^{u + k_t})     (eq. 16)
+    y_t = W_O (sigmoid(r_t) * wkv_t)                                                                                  (eq. 17)
+
+r, k and v each read their own mixture of a token and the token before it (eq. 11-13); w > 0 and u belong to the channel.
+The sums are kept divided by e^m_t with m_t = max_{s<=t} (k_s - (t-s) w), so that no exponent is positive. The maxima of
+all tokens come from one cumulative maximum of `k_s + s w`; the sums are then two scans with log-decay `m_{t-1} - w - m_t`.
+
+Paper: Peng et al. 2023, arXiv:2305.13048, initialisation as in the authors' training code.
+"""
+
+import math
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from zoo import ops
+from zoo.config import ZooConfig
+from zoo.kernels.packing import Packing
+from zoo.kernels.scan import flops
+from zoo.layers import orthogonal, token_positions, token_shift, wide
+from zoo.mixer import Mixer, State
+from zoo.registry import register
+
+NOTHING = -1e38  # the maximum of no keys: finite, so that differences are, and below any key
+
+
+@strict
+class RWKV4Config(ZooConfig):
+    """The shared fields, with the defaults of RWKV-4; it has no others."""
+
+    model_type = "zoo_rwkv4"
+
+    vocab_size: int = 50277
+    norm: str = "layernorm"
+    embedding_norm: bool = True
+    channel_mixer: str | None = "rwkv"
+
+
+class RWKV4Mixer(Mixer):
+    """State: `numerator`, `denominator` and `maximum` `[B, D]`, and `shift` `[B, 1, D]`, the last token."""
+
+    lora_targets = ("receptance", "key", "value", "output")
+
+    def __init__(self, config: RWKV4Config, layer: int):
+        super().__init__(config, layer)
+        width = self.width = config.hidden_size
+        self.layers = config.num_hidden_layers
+        self.key_mix = nn.Parameter(torch.empty(width))
+        self.value_mix = nn.Parameter(torch.empty(width))
+        self.receptance_mix = nn.Parameter(torch.empty(width))
+        self.decay = nn.Parameter(torch.empty(width))  # log w
+        self.bonus = nn.Parameter(torch.empty(width))  # u
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.receptance = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        channel = torch.arange(self.width, device=self.decay.device, dtype=torch.float32)
+        depth, left = self.layer / max(1, self.layers - 1), 1 - self.layer / self.layers
+        share = channel / self.width
+        init.copy_(self.key_mix, share**left)
+        init.copy_(self.value_mix, share**left + 0.3 * depth)
+        init.copy_(self.receptance_mix, share ** (0.5 * left))
+        init.copy_(self.decay, 8 * (channel / max(1, self.width - 1)) ** (0.7 + 1.3 * depth) - 5)
+        init.copy_(self.bonus, math.log(0.3) + 0.5 * ((channel + 1) % 3 - 1))
+        orthogonal(self.value.weight)
+        for projection in (self.key, self.receptance, self.output):
+            init.zeros_(projection.weight)
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
+        sums = torch.zeros(batch, self.width, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=device)
+        shift = torch.zeros(batch, 1, self.width, dtype=dtype, device=device)
+        return {"numerator": sums, "denominator": sums.clone(), "maximum": torch.full_like(sums, NOTHING), "shift": shift}
+
+    def operator_flops(self, length: int) -> int:
+        return flops(length, 2 * self.width)
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        if state is None:
+            state = self.initial_state(x.shape[0] if packing is None else packing.count, 0, x.dtype, x.device)
+        before, shift = token_shift(x, state["shift"], packing)
+        mixes = (self.receptance_mix, self.key_mix, self.value_mix)
+        xr, xk, xv = (before + (x - before) * mix for mix in mixes)
+        gate = torch.sigmoid(self.receptance(xr))
+        average, after = self.average(wide(self.key(xk)), wide(self.value(xv)), state, packing)
+        return self.output(gate * average.to(gate.dtype)), after | {"shift": shift}
+
+    def average(self, k: Tensor, v: Tensor, state: State, packing: Packing | None) -> tuple[Tensor, State]:
+        """`wkv` of keys and values `[B, T, D]`, and the sums after them. No gradient needs to pass the maxima: they cancel."""
+        w = wide(self.decay).exp()
+        with torch.no_grad():
+            top = self.maxima(k, w, state["maximum"], packing)
+            before, last = token_shift(top, state["maximum"].unsqueeze(1), packing)
+            drop = (before - w - top).clamp(max=0).to(k.dtype)
+        log_decay = drop + (w.detach() - w)  # the value of drop, the gradient of -w
+        weight = (k - top).to(k.dtype).exp()
+        numerators, numerator = ops.scan(weight * v, log_decay, state=state["numerator"], packing=packing)
+        denominators, denominator = ops.scan(weight, log_decay, state=state["denominator"], packing=packing)
+        numerators, _ = token_shift(numerators, state["numerator"].unsqueeze(1), packing)
+        denominators, _ = token_shift(denominators, state["denominator"].unsqueeze(1), packing)
+        own = k + wide(self.bonus)
+        peak = torch.maximum(before, own.detach())
+        past, own = (before - peak).to(k.dtype).exp(), (own - peak).to(k.dtype).exp()
+        average = (past * numerators + own * v) / (past * denominators + own)
+        maximum = last.squeeze(1).to(k.dtype)
+        rounding = (last.squeeze(1) - maximum).exp().to(k.dtype)  # the sums stay exact beside a rounded maximum
+        return average, {"numerator": numerator * rounding, "denominator": denominator * rounding, "maximum": maximum}
+
+    @staticmethod
+    def maxima(k: Tensor, w: Tensor, start: Tensor, packing: Packing | None) -> Tensor:
+        """`m_t` in float64, `[B, T, D]`, continuing from `start` `[B, D]` (or one per packed sequence)."""
+        age = (token_positions(k, None, packing) + 1).unsqueeze(-1) * w.double()
+        score = k + age
+        if packing is None:
+            score, start = score.cummax(dim=1).values, start.unsqueeze(1)
+        else:
+            score = packing.unpad(packing.pad(score, -math.inf).cummax(dim=1).values)
+            start = start[packing.seq_idx].unsqueeze(0)
+        return torch.maximum(score, start) - age
+
+
+register(
+    "rwkv4",
+    config=RWKV4Config,
+    mixer=RWKV4Mixer,
+    title="RWKV: Reinventing RNNs for the Transformer Era",
+    paper="arXiv:2305.13048",
+    presets={
+        "tiny": dict(hidden_size=32, num_hidden_layers=2, vocab_size=256),
+        "169m": dict(hidden_size=768, num_hidden_layers=12),
+        "430m": dict(hidden_size=1024, num_hidden_layers=24),
+        "1.5b": dict(hidden_size=2048, num_hidden_layers=24),
+        "3b": dict(hidden_size=2560, num_hidden_layers=32),
+        "7b": dict(hidden_size=4096, num_hidden_layers=32),
+        "14b": dict(hidden_size=5120, num_hidden_layers=40),
+    },
+)
