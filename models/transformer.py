@@ -8,6 +8,7 @@ arXiv:2310.06825; sinks after StreamingLLM, arXiv:2309.17453, at their own posit
 """
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -18,6 +19,7 @@ from zoo.config import ZooConfig
 from zoo.kernels.attention import cache, flops
 from zoo.kernels.packing import Packing
 from zoo.layers import RMSNorm, check_rope_scaling, merge_heads, rotary_table, rotate, split_heads, token_positions
+from zoo.layout import Layout, drop, rename
 from zoo.mixer import Mixer, State, Traits
 from zoo.registry import register
 
@@ -129,6 +131,75 @@ class TransformerMixer(Mixer):
         return o if packing is None else packing.unpad(o), after
 
 
+# What the configs of Llama and its kin call the fields of ours that mean the same.
+SAME = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "initializer_range", "tie_word_embeddings",
+    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+RENAMED = {"norm_eps": "rms_norm_eps", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
+ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+
+
+def from_llama(foreign: dict) -> dict:
+    """Fields of a TransformerConfig for a config of Llama, Mistral, Qwen2 or Qwen3."""
+    fields = {name: foreign[name] for name in SAME} | {own: foreign.get(name) for own, name in RENAMED.items()}
+    rope = dict(foreign["rope_parameters"])
+    fields["rope_theta"] = float(rope.pop("rope_theta"))
+    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"a {foreign['model_type']} with partial_rotary_factor other than 1 is not supported")
+    fields["rope_scaling"] = None if rope["rope_type"] == "default" else {n: v for n, v in rope.items() if n != "type"}
+    check_rope_scaling(fields["rope_scaling"])
+    if foreign["hidden_act"] not in ACTS:
+        raise ValueError(f"hidden_act {foreign['hidden_act']!r} is not supported; known: {', '.join(ACTS)}")
+    args = {"act": ACTS[foreign["hidden_act"]], "bias": foreign.get("mlp_bias", False)}
+    fields["channel_args"] = {n: v for n, v in args.items() if v not in ("silu", False)} or None
+    biased = foreign.get("attention_bias", False)
+    fields |= {"qkv_bias": biased or foreign["model_type"] == "qwen2", "out_bias": biased, "qk_norm": foreign["model_type"] == "qwen3"}
+    kinds = set(foreign.get("layer_types") or [])
+    if len(kinds) > 1:
+        raise ValueError(f"layer_types mixes {sorted(kinds)}; a transformer has one kind of layer, build a hybrid for several")
+    return fields | {"window": None if kinds == {"full_attention"} else foreign.get("sliding_window")}
+
+
+def to_llama(config: TransformerConfig, kind: str) -> dict:
+    """The inverse, for a model type. What it cannot say is left out, and noticed by mapping back."""
+    if config.rope_theta is None or not config.causal:
+        raise ValueError(
+            f"{kind} has rotary positions and is causal; this model has rope_theta={config.rope_theta}, causal={config.causal}"
+        )
+    args = config.channel_args or {}
+    fields = {name: getattr(config, name) for name in SAME} | {name: getattr(config, own) for own, name in RENAMED.items()}
+    fields["num_key_value_heads"] = config.num_kv_heads or config.num_heads
+    fields["head_dim"] = config.head_dim or config.divide("hidden_size", "num_heads")
+    inner = config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64
+    fields |= {"intermediate_size": inner, "rope_parameters": {"rope_type": "default"} | (config.rope_scaling or {})}
+    fields["rope_parameters"]["rope_theta"] = config.rope_theta
+    fields["hidden_act"] = {own: name for name, own in ACTS.items() if name != "swish"}.get(args.get("act", "silu"), "silu")
+    if kind == "llama":
+        fields |= {"mlp_bias": args.get("bias", False)}
+    if kind in ("llama", "qwen3"):
+        fields |= {"attention_bias": config.out_bias}
+    if kind == "mistral":
+        fields |= {"sliding_window": config.window}
+    if kind in ("qwen2", "qwen3") and config.window is not None:
+        fields |= {"use_sliding_window": True, "sliding_window": config.window, "max_window_layers": 0}
+    return fields
+
+
+RULES = (
+    rename("model.embed_tokens.weight", "model.embed_tokens.weight"),
+    rename("model.layers.{}.self_attn.{q,k,v,o}_proj.{weight,bias}", "model.layers.{}.mixer.{q,k,v,out}_proj.{weight,bias}"),
+    rename("model.layers.{}.self_attn.{q,k}_norm.weight", "model.layers.{}.mixer.{q,k}_norm.weight"),
+    rename("model.layers.{}.mlp.{gate,up,down}_proj.{weight,bias}", "model.layers.{}.channel_mixer.{gate,up,down}_proj.{weight,bias}"),
+    rename("model.layers.{}.{input,post_attention}_layernorm.weight", "model.layers.{}.{mixer,channel}_norm.weight"),
+    rename("model.norm.weight", "model.norm.weight"),
+    rename("lm_head.weight", "lm_head.weight"),
+    rename("score.{weight,bias}", "score.{weight,bias}"),
+    drop("model.layers.{}.self_attn.rotary_emb.inv_freq", "follows from rope_theta"),
+)
+LAYOUTS = tuple(Layout(kind, (kind,), from_llama, partial(to_llama, kind=kind), RULES) for kind in ("llama", "mistral", "qwen2", "qwen3"))
+
+
 register(
     "transformer",
     config=TransformerConfig,
@@ -144,4 +215,5 @@ register(
         "340m": dict(hidden_size=1024, num_hidden_layers=24, num_heads=16),
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24, num_heads=32),
     },
+    layouts=LAYOUTS,
 )  # fmt: skip

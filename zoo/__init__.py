@@ -4,6 +4,7 @@ from zoo import ops
 from zoo.auto import from_config, from_pretrained
 from zoo.cache import ZooCache
 from zoo.config import ZooConfig
+from zoo.layout import layouts
 from zoo.mixer import Mixer, State, Traits
 from zoo.registry import (
     build_config,
@@ -24,5 +25,5 @@ from zoo.models import HybridConfig  # noqa: E402  (the catalogue is complete on
 
 __all__ = [
     "HybridConfig", "Mixer", "State", "Traits", "ZooCache", "ZooConfig", "build_config", "from_config", "from_pretrained",
-    "list_channel_mixers", "list_mixers", "list_models", "list_presets", "ops", "register", "register_channel_mixer",
+    "layouts", "list_channel_mixers", "list_mixers", "list_models", "list_presets", "ops", "register", "register_channel_mixer",
 ]  # fmt: skip

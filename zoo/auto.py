@@ -3,6 +3,7 @@
 import os
 
 from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from zoo import registry
 from zoo.config import ZooConfig
@@ -50,11 +51,12 @@ def from_pretrained(path_or_id: str | os.PathLike, *, task: str | None = None, *
         kwargs: of transformers' `from_pretrained`: dtype, device_map, revision, token, cache_dir...
     """
     hub = {n: kwargs[n] for n in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if n in kwargs}
-    config = AutoConfig.from_pretrained(path_or_id, **hub)
-    if not isinstance(config, ZooConfig):
-        from zoo.layouts import load_foreign
+    raw, _ = PreTrainedConfig.get_config_dict(path_or_id, **hub)
+    if not str(raw.get("model_type")).startswith("zoo_"):
+        from zoo.foreign import load_foreign  # the files of others are needed by few
 
-        return load_foreign(path_or_id, config, task=task, **kwargs)
+        return load_foreign(path_or_id, raw, task=task, **kwargs)
+    config = AutoConfig.from_pretrained(path_or_id, **hub)
     if task is None and config.architectures:
         saved = {cls.__name__: suffix for suffix, cls in registry.get(config.name).models.items()}
         suffix = saved.get(config.architectures[0])

@@ -5,6 +5,7 @@ import pkgutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from transformers import (
     AutoConfig,
@@ -17,6 +18,9 @@ from transformers import (
 
 from zoo.config import ZooConfig, nearest
 from zoo.mixer import Mixer
+
+if TYPE_CHECKING:
+    from zoo.layout import Layout
 
 AUTO = {
     "Model": AutoModel,
@@ -37,6 +41,7 @@ class Architecture:
         title, paper: of the publication; `paper` is an arXiv id or another reference.
         presets: preset name -> config fields. "tiny" is the smallest and exists for every architecture.
         models: suffix ("Model", "ForCausalLM", ...) -> class.
+        layouts: foreign checkpoints it can load and save, `zoo.layout.Layout`s.
     """
 
     name: str
@@ -46,6 +51,7 @@ class Architecture:
     paper: str
     presets: dict[str, dict]
     models: dict[str, type] = field(default_factory=dict)
+    layouts: tuple["Layout", ...] = ()
 
 
 ARCHITECTURES: dict[str, Architecture] = {}
@@ -53,16 +59,17 @@ CHANNEL_MIXERS: dict[str, type] = {}
 
 
 def register(
-    name: str, *, config: type[ZooConfig], mixer: type[Mixer] | None, title: str, paper: str, presets: dict[str, dict]
-) -> Architecture:
+    name: str, *, config: type[ZooConfig], mixer: type[Mixer] | None, title: str, paper: str, presets: dict[str, dict],
+    layouts: tuple["Layout", ...] = (),
+) -> Architecture:  # fmt: skip
     """Enter an architecture; called once, at the end of its file.
 
     Makes its model classes (`<Prefix>Model`, `<Prefix>ForCausalLM`, ..., the prefix being that of the config class), puts
     them into the file's module, and tells transformers' Auto classes about them.
 
     Raises:
-        ValueError: the name is taken or malformed, the config's `model_type` or class name does not follow it, or there
-            is no preset "tiny".
+        ValueError: the name is taken or malformed, the config's `model_type` or class name does not follow it, there is no
+            preset "tiny", or a layout reads a model type that another one reads.
     """
     from zoo.model import make_models  # the shell needs the registry to build its layers
 
@@ -74,8 +81,11 @@ def register(
         raise ValueError(f"{config.__name__}: expected model_type 'zoo_{name}' and a class name ending in 'Config'")
     if "tiny" not in presets:
         raise ValueError(f"architecture {name!r} has no preset 'tiny'; the tests need one")
+    taken = {kind: layout.name for entry in ARCHITECTURES.values() for layout in entry.layouts for kind in layout.model_types}
+    if clash := [kind for layout in layouts for kind in layout.model_types if kind in taken]:
+        raise ValueError(f"architecture {name!r}: model type {clash[0]!r} is read by the layout {taken[clash[0]]!r} already")
     config.name = name
-    entry = Architecture(name, config, mixer, title, paper, presets, make_models(config))
+    entry = Architecture(name, config, mixer, title, paper, presets, make_models(config), layouts)
     AutoConfig.register(config.model_type, config)
     module = sys.modules[config.__module__]
     for suffix, cls in entry.models.items():

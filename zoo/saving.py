@@ -40,8 +40,15 @@ def whole_or_nothing(target: str | os.PathLike) -> Iterator[Path]:
 class CheckpointMixin:
     """`save_pretrained` that never leaves half a checkpoint, `from_pretrained` that leaves no key unaccounted for."""
 
-    def save_pretrained(self, save_directory, *, push_to_hub: bool = False, **kwargs):
-        """As transformers', but the files appear in `save_directory` only once all are written."""
+    def save_pretrained(self, save_directory, *, push_to_hub: bool = False, layout: str | None = None, **kwargs):
+        """As transformers', but the files appear in `save_directory` only once all are written.
+
+        `layout`: write a foreign layout, one of `zoo.layouts()`; the other arguments are then those of `save_foreign`.
+        """
+        if layout is not None:
+            from zoo.foreign import save_foreign  # the files of others are needed by few
+
+            return save_foreign(self, save_directory, layout, **kwargs)
         with whole_or_nothing(save_directory) as stage:
             super().save_pretrained(stage, **kwargs)
         if push_to_hub:

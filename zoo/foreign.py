@@ -1,0 +1,129 @@
+"""Checkpoints of others, read from and written to files."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+from zipfile import is_zipfile
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import cached_file
+
+from zoo.auto import TASKS, model_class
+from zoo.layout import State, find_layout, get_layout
+from zoo.registry import AUTO, get
+from zoo.saving import CheckpointMixin, whole_or_nothing
+
+HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
+LABELS = ("id2label", "label2id", "problem_type", "dtype")  # what any config may say, whatever its architecture
+
+
+def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | None = None, output_loading_info: bool = False, **kwargs):
+    """One of our models with the weights of a foreign checkpoint, which is read as it is needed and never held twice.
+
+    Args:
+        path_or_id: a folder or Hub id with safetensors or `.bin` files, sharded or not.
+        config: its config.json.
+        task: as in `zoo.from_config`; by default what the checkpoint was saved as.
+        output_loading_info: return `(model, Report)`.
+        kwargs: of transformers' `from_pretrained`.
+
+    Raises:
+        ValueError: no layout knows the model type, the config asks for what we cannot express, a file is truncated, or a
+            key is missing, surplus or misshapen.
+    """
+    hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
+    entry, layout = find_layout(config.get("model_type"))
+    config = with_defaults(config)
+    own = entry.config(**layout.config_map(config), **{name: config[name] for name in LABELS if config.get(name) is not None})
+    saved = saved_task(config)
+    cls = model_class(own, task or saved)
+    with torch.device("meta"):
+        skeleton = cls(own)
+    other_task = task is not None and saved is not None and task != saved
+    state, report = layout.to_zoo(read(path_or_id, hub), skeleton, other_task=other_task)
+    # past our own from_pretrained, which would refuse what a layout declares fresh; the report has accounted for every key
+    model = super(CheckpointMixin, cls).from_pretrained(None, config=own, state_dict=state, **kwargs)
+    model.name_or_path = model.config.name_or_path = str(path_or_id)
+    if model.can_generate() and locate(path_or_id, "generation_config.json", hub):
+        model.generation_config = GenerationConfig.from_pretrained(path_or_id, **hub)
+    return (model, report) if output_loading_info else model
+
+
+def save_foreign(model, folder: str | os.PathLike, layout: str, *, max_shard_size: int | str = "5GB", **fields) -> None:
+    """Write `model` as its foreign library would.
+
+    Args:
+        layout: one of `zoo.layouts()` that belongs to the model's architecture.
+        fields: of the foreign config, where ours does not know them (`max_position_embeddings=8192`).
+
+    Raises:
+        ValueError: the layout is not one of this architecture, or it cannot express the model's config.
+    """
+    table = get_layout(get(model.config.name), layout)
+    foreign = {"model_type": table.model_types[0]} | table.config_back(model.config) | fields
+    table.check_expressible(model.config, with_defaults(foreign))
+    foreign |= {name: getattr(model.config, name) for name in LABELS if getattr(model.config, name, None) is not None}
+    foreign["dtype"] = str(model.dtype).removeprefix("torch.")
+    known = config_class(foreign["model_type"])
+    if known is not None:
+        suffix = next(suffix for suffix, cls in get(model.config.name).models.items() if isinstance(model, cls))
+        foreign["architectures"] = [known.__name__.removesuffix("Config") + suffix]
+    state = table.to_foreign(model.state_dict(), model)
+    with whole_or_nothing(folder) as stage:
+        save_torch_state_dict(state, stage, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)
+        if known is not None:
+            known(**{name: value for name, value in foreign.items() if name != "model_type"}).save_pretrained(stage)
+        else:
+            Path(stage, "config.json").write_text(json.dumps(foreign, indent=2, default=str) + "\n")
+        if model.can_generate():
+            model.generation_config.save_pretrained(stage)
+
+
+def config_class(model_type: str | None) -> type | None:
+    """The class transformers has for this type."""
+    return CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401 (its get finds nothing)
+
+
+def with_defaults(config: dict) -> dict:
+    """The config with the fields it leaves out, where transformers knows its type."""
+    known = config_class(config.get("model_type"))
+    return config if known is None else known.from_dict(config).to_dict() | {"architectures": config.get("architectures")}
+
+
+def saved_task(config: dict) -> str | None:
+    """Which of our tasks the checkpoint was saved as."""
+    written = (config.get("architectures") or [""])[0]
+    suffix = next((suffix for suffix in AUTO if written.endswith(suffix)), None)
+    return next((task for task, own in TASKS.items() if own == suffix), None)
+
+
+def locate(path_or_id: str | os.PathLike, name: str, hub: dict) -> str | None:
+    """The file of this name, downloaded if need be; None if there is none."""
+    return cached_file(path_or_id, name, **hub, _raise_exceptions_for_missing_entries=False)
+
+
+def read(path_or_id: str | os.PathLike, hub: dict) -> State:
+    """Every tensor of a checkpoint, mapped into memory rather than loaded."""
+    for stem in ("model.safetensors", "pytorch_model.bin"):
+        if single := locate(path_or_id, stem, hub):
+            return read_file(single)
+        if index := locate(path_or_id, stem + ".index.json", hub):
+            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+            return {name: tensor for shard in shards for name, tensor in read_file(cached_file(path_or_id, shard, **hub)).items()}
+    raise ValueError(f"{path_or_id} has neither model.safetensors nor pytorch_model.bin, whole or in shards; download its weights")
+
+
+def read_file(path: str) -> State:
+    """The tensors of one file, mapped into memory."""
+    try:
+        if path.endswith(".bin"):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle, not a dictionary)
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} is truncated or corrupt ({error}); download or save it again") from error
