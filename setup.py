@@ -35,7 +35,7 @@ setup(
     ],
     package_dir={"zoo": "zoo", "zoo.models": "models", "zoo.kernels": "kernels"},
     include_package_data=True,
-    install_requires=["torch>=2.11", "transformers>=5.17,<6", "safetensors", "einops", "accelerate"],
+    install_requires=["torch>=2.11", "transformers>=5.17,<6", "huggingface_hub", "safetensors", "einops", "accelerate", "tqdm"],
     extras_require={
         "demo": ["gguf", "matplotlib"],
         "train": ["peft", "datasets", "liger-kernel"],

@@ -127,6 +127,18 @@ def test_folders_are_imported_through_the_package(path):
     assert not wrong, f"{relative(path)}: write zoo.{wrong[0]}"
 
 
+def test_what_is_imported_is_required():
+    keywords = {
+        keyword.arg: keyword.value for call in ast.walk(tree(ROOT / "setup.py")) if isinstance(call, ast.Call) for keyword in call.keywords
+    }
+    required = ast.literal_eval(keywords["install_requires"])
+    extras = [requirement for extra in ast.literal_eval(keywords["extras_require"]).values() for requirement in extra]
+    packages = {re.match(r"[\w-]+", requirement).group().replace("-", "_") for requirement in [*required, *extras]}
+    foreign = {module.split(".")[0] for path in [*LIBRARY, *files("scripts"), *TESTS] for module in imports(path)}
+    missing = foreign - packages - sys.stdlib_module_names - {"zoo"}
+    assert not missing, f"add {sorted(missing)} to setup.py"
+
+
 def test_files_that_would_shadow_other_packages_are_absent():
     # an importable top-level `kernels` breaks transformers; a conftest.py puts its folder on the path
     for name in ("kernels/__init__.py", "tests/__init__.py", "conftest.py", "__init__.py"):
