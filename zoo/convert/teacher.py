@@ -95,7 +95,9 @@ def check_teacher(model: nn.Module) -> None:
     config = getattr(model, "config", None)
     layers = {layer.name for layer in config.layer_configs()} if hasattr(config, "layer_configs") else {type(model).__name__}
     if layers != {"transformer"} or not hasattr(model, "lm_head"):
-        raise ValueError(f"the teacher must be a zoo transformer language model, got layers of {sorted(layers)}; load it with zoo.from_pretrained")
+        raise ValueError(
+            f"the teacher must be a zoo transformer language model, got layers of {sorted(layers)}; load it with zoo.from_pretrained"
+        )
 
 
 @torch.no_grad()

@@ -56,7 +56,9 @@ def token_rows(tokenizer, documents: list[str], length: int, *, join: bool) -> T
         encoded = [[token for ids in encoded for token in ids + between]]
     rows = [ids[i : i + length] for ids in encoded for i in range(0, len(ids) - length + 1, length)]
     if not rows:
-        raise ValueError(f"the text is too short: its longest piece has {max(map(len, encoded), default=0)} tokens, a row needs {length}; give more")
+        raise ValueError(
+            f"the text is too short: its longest piece has {max(map(len, encoded), default=0)} tokens, a row needs {length}; give more"
+        )
     return torch.tensor(rows)
 
 

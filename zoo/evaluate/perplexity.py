@@ -22,7 +22,9 @@ def perplexity(model: nn.Module, rows: Tensor, *, batch: int = 1, label: str | N
         ValueError: rows of another shape or too short.
     """
     if rows.ndim != 2 or rows.shape[0] == 0 or rows.shape[1] < 2:
-        raise ValueError(f"rows is {list(rows.shape)}; perplexity needs [rows, tokens] with at least one row of two tokens: the text is too short")
+        raise ValueError(
+            f"rows is {list(rows.shape)}; perplexity needs [rows, tokens] with at least one row of two tokens: the text is too short"
+        )
     was_training = model.training
     model.eval()
     total = 0.0

@@ -44,7 +44,9 @@ def state_bytes(model: nn.Module, length: int, dtype: torch.dtype = torch.float3
     Args: dtype: of the activations; recurrent states stay in float32 where their mixer says so.
     """
     if not isinstance(model.config, ZooConfig):
-        raise TypeError(f"state_bytes reads the states that a zoo model declares, got a {type(model).__name__}; load it with zoo.from_pretrained")
+        raise TypeError(
+            f"state_bytes reads the states that a zoo model declares, got a {type(model).__name__}; load it with zoo.from_pretrained"
+        )
     blocks = model.get_submodule("model.layers") if hasattr(model, "model") else model.layers
     states = (block.initial_state(1, length, dtype, "meta") for block in blocks)
     return sum(t.numel() * t.element_size() for state in states for t in state.values())

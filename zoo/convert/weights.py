@@ -1,0 +1,110 @@
+"""How the weights of a transformer layer seed the mixer that takes its place, role by role."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from zoo.mixer import Mixer
+
+# the parts of attention that a mixer takes over where it has a projection of that name
+ROLES = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+
+@dataclass
+class Account:
+    """What became of every weight.
+
+    Args:
+        copied: teacher keys that the student holds unchanged, somewhere.
+        seeded: teacher keys that only begin a weight of another kind of mixer.
+        dropped: teacher key -> why no part of the student holds it.
+        fresh: student keys that no teacher key fills; they keep their architecture's own initial values.
+    """
+
+    copied: set[str] = field(default_factory=set)
+    seeded: set[str] = field(default_factory=set)
+    dropped: dict[str, str] = field(default_factory=dict)
+    fresh: set[str] = field(default_factory=set)
+
+    def close(self, teacher: nn.Module, student: nn.Module, filled: set[str]) -> "Account":
+        """Balance the account.
+
+        Raises:
+            ValueError: a teacher key is neither copied nor seeded nor dropped.
+        """
+        self.seeded -= self.copied
+        self.dropped = {key: why for key, why in self.dropped.items() if key not in self.copied | self.seeded}
+        self.fresh = set(student.state_dict()) - filled
+        lost = set(teacher.state_dict()) - self.copied - self.seeded - self.dropped.keys()
+        if lost:
+            raise ValueError(f"{len(lost)} teacher weights found no place in the student: {', '.join(sorted(lost)[:4])}")
+        return self
+
+
+@torch.no_grad()
+def seed_student(teacher: nn.Module, student: nn.Module) -> Account:
+    """Fill a student with its teacher's weights: all but the mixers is copied, the mixers by `seed_mixer`.
+
+    Raises:
+        ValueError: a teacher weight without a place, or shapes that no rule joins; layer and weight are named.
+    """
+    account, filled = Account(), set()
+    target = student.state_dict()
+    for key, weight in teacher.state_dict().items():
+        if ".mixer." not in key:
+            target[key].copy_(weight)
+            account.copied.add(key)
+            filled.add(key)
+    for index, (source, block) in enumerate(zip(teacher.model.layers, student.model.layers, strict=True)):
+        prefix = f"model.layers.{index}.mixer."
+        try:
+            filled |= {prefix + name for name in seed_mixer(source.mixer, block.mixer, account, prefix)}
+        except ValueError as error:
+            raise ValueError(f"layer {index}: {error}") from error
+    return account.close(teacher, student, filled)
+
+
+def seed_mixer(source: Mixer, mixer: Mixer, account: Account, prefix: str) -> set[str]:
+    """Seed one mixer from an attention layer; the names of its parameters that were filled.
+
+    Attention is copied whole. Branches that stand side by side are seeded each. Any other mixer takes the projections of
+    `ROLES` that it has by name; its key and value heads may be more than the attention's, its biases fewer.
+    """
+    if hasattr(mixer, "branches"):
+        parts = ((f"branches.{i}.", branch) for i, branch in enumerate(mixer.branches))
+        return {part + name for part, branch in parts for name in seed_mixer(source, branch, account, prefix)}
+    weights = source.state_dict()
+    if type(mixer) is type(source):
+        mixer.load_state_dict(weights)
+        account.copied |= {prefix + name for name in weights}
+        return set(weights)
+    filled, own = set(), dict(mixer.named_parameters())
+    for name, weight in weights.items():
+        role = name.split(".")[0]
+        if role not in ROLES or name not in own:
+            account.dropped[prefix + name] = f"{type(mixer).__name__} has no {name}"
+            continue
+        try:
+            own[name].copy_(fit(weight, own[name].shape, source.keys))
+        except ValueError as error:
+            raise ValueError(f"{type(mixer).__name__}.{name}: {error}") from error
+        account.seeded.add(prefix + name)
+        filled.add(name)
+    return filled
+
+
+def fit(weight: Tensor, shape: torch.Size, head: int) -> Tensor:
+    """A projection in the shape the student wants: as it is, or with each group of `head` rows repeated for the query heads it serves.
+
+    Head h of H takes group `h // (H / G)`, as grouped attention does (arXiv:2305.13245); `h % G` would pair it with
+    another's values.
+    """
+    if weight.shape == shape:
+        return weight
+    repeats, rest = divmod(shape[0], weight.shape[0])
+    if rest or weight.shape[1:] != shape[1:] or weight.shape[0] % head:
+        raise ValueError(
+            f"the teacher's is {list(weight.shape)}, the student's {list(shape)}; give the mixer the teacher's number and width of heads"
+        )
+    return weight.unflatten(0, (-1, head)).repeat_interleave(repeats, dim=0).flatten(0, 1)
