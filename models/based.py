@@ -3,12 +3,11 @@
     phi(q) . phi(k) = 1 + s + s^2 / 2,    s = q . k / sqrt(K'),  K' = feature_dim
     o_t = sum_{j <= t} phi(q_t) . phi(k_j) v_j / sum_{j <= t} phi(q_t) . phi(k_j)
 
-Since 1 + s + s^2 / 2 >= 1/2 the weights are positive, though features are not. The published model is a hybrid: one layer in
-five is this mixer, one in five attends to a window of 64 to 128 tokens, the others are gated short convolutions:
+Since 1 + s + s^2 / 2 >= 1/2 the weights are positive, though features are not. The published model is a hybrid: about one layer
+in five is this mixer, one in five attends to a window, the others are gated short convolutions. Of 27 layers, with `repeat` of
+models/hybrid.py and for `conv` the entry of any mixer of short range:
 
-    plan = repeat(conv, "based", conv, {"mixer": "transformer", "window": 64}, conv, layers=27)
-
-with `repeat` of models/hybrid.py and for conv any mixer of short range.
+    repeat(conv, "based", {"mixer": "transformer", "window": 128}, conv, conv, layers=25) + [conv, conv]
 
 Paper: Arora, Eyuboglu, Zhang, Timalsina, Alberti, Zinsley, Zou, Rudra, Re 2024, arXiv:2402.18668, section 4.
 """

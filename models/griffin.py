@@ -23,8 +23,8 @@ from zoo.config import ZooConfig
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
 from zoo.kernels.scan import flops
-from zoo.layers import ShortConv, merge_heads, split_heads, token_positions, wide
-from zoo.mixer import Layer, Mixer, State
+from zoo.layers import BlockLinear, ShortConv, token_positions, wide
+from zoo.mixer import Mixer, State
 from zoo.registry import register
 
 STRENGTH = 8.0  # c
@@ -46,24 +46,6 @@ class GriffinConfig(ZooConfig):
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         self.intermediate_size = self.intermediate_size or 3 * self.hidden_size
-
-
-class BlockLinear(Layer):
-    """A linear map with a block-diagonal weight `[blocks, K, K]`."""
-
-    def __init__(self, width: int, blocks: int):
-        super().__init__()
-        self.blocks = blocks
-        self.weight = nn.Parameter(torch.empty(blocks, width // blocks, width // blocks))
-        self.bias = nn.Parameter(torch.empty(width))
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        init.normal_(self.weight, std=self.weight.shape[-1] ** -0.5)
-        init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return merge_heads(torch.einsum("bthi,hij->bthj", split_heads(x, self.blocks), self.weight)) + self.bias
 
 
 class GriffinMixer(Mixer):

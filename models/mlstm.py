@@ -75,7 +75,7 @@ class MLSTMMixer(Mixer):
         self.q_proj = BlockLinear(self.inner, self.inner // config.block_size, bias=False)
         self.k_proj = BlockLinear(self.inner, self.inner // config.block_size, bias=False)
         self.v_proj = BlockLinear(self.inner, self.inner // config.block_size, bias=False)
-        self.input_gate = nn.Linear(3 * self.inner, self.heads)
+        self.input_gate_proj = nn.Linear(3 * self.inner, self.heads)
         self.forget_gate_proj = nn.Linear(3 * self.inner, self.heads)
         self.norm = GatedNorm(self.inner, groups=self.heads, kind="layer", eps=config.norm_eps)
         self.skip = nn.Parameter(torch.empty(self.inner))
@@ -84,9 +84,9 @@ class MLSTMMixer(Mixer):
 
     def reset_parameters(self) -> None:
         """As the authors start: gates that do not depend on the input, remembering for long."""
-        for gate in (self.input_gate, self.forget_gate_proj):
+        for gate in (self.input_gate_proj, self.forget_gate_proj):
             init.zeros_(gate.weight)
-        init.normal_(self.input_gate.bias, std=0.1)
+        init.normal_(self.input_gate_proj.bias, std=0.1)
         init.copy_(self.forget_gate_proj.bias, torch.linspace(3.0, 6.0, self.heads))
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             init.normal_(projection.weight, std=math.sqrt(2 / (5 * self.inner)))
@@ -108,7 +108,7 @@ class MLSTMMixer(Mixer):
         convolved, conv = self.conv(inner, state["conv"] if state else None, packing)
         q, k, v = self.q_proj(convolved), self.k_proj(convolved), self.v_proj(inner)
         both = torch.cat([q, k, v], dim=-1)
-        log_input, log_forget = wide(self.input_gate(both)), wide(self.forget_gate_proj(both))
+        log_input, log_forget = wide(self.input_gate_proj(both)), wide(self.forget_gate_proj(both))
         if self.forget_gate == "sigmoid":
             log_forget = F.logsigmoid(log_forget)
         q, k, v = (split_heads(t, self.heads) for t in (q, k, v))
