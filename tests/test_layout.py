@@ -183,6 +183,9 @@ def test_every_kind_of_rule_undoes_itself():
     assert report.dropped == {"body.rubbish.7": "nobody knows"}
     assert report.fresh == [f"model.layers.{i}.channel_norm.weight" for i in range(2)]
     assert report.transformed["model.layers.0.mixer.k_proj.weight"] == ["body.0.in"]
+    for made in (foreign, {name: own[name] for name in report.transformed}):
+        assert all(tensor.is_contiguous() for tensor in made.values())
+        assert len({tensor.untyped_storage().data_ptr() for tensor in made.values()}) == len(made)
     assert own.keys() == model.state_dict().keys() - set(report.fresh)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in own.items())
     for name in foreign:

@@ -98,7 +98,7 @@ def mapped(foreign: str, own: str, to_own: Callable[[Tensor], Tensor], to_foreig
 
 def transpose(foreign: str, own: str) -> Rule:
     """A matrix stored the other way round; a vector under the same rule stays as it is."""
-    return mapped(foreign, own, Tensor.t, Tensor.t)
+    return mapped(foreign, own, lambda x: x.t().contiguous(), lambda x: x.t().contiguous())
 
 
 def split(foreign: str, own: list[str], dim: int = 0) -> Rule:
@@ -108,7 +108,7 @@ def split(foreign: str, own: list[str], dim: int = 0) -> Rule:
         sizes = [shape[dim] for shape in shapes]
         if x[0].shape[dim] != sum(sizes):
             raise ValueError(f"it is {list(x[0].shape)}, but its parts have {sizes} along dimension {dim}")
-        return x[0].split(sizes, dim)
+        return [part.clone() for part in x[0].split(sizes, dim)]  # parameters and files want memory of their own
 
     return Rule((Pattern(foreign),), tuple(map(Pattern, own)), to_own, lambda x, config: [torch.cat(x, dim)])
 
@@ -118,7 +118,8 @@ def merge(foreign: list[str], own: str, dim: int = 0, sizes: Callable[[ZooConfig
 
     def to_foreign(x: list[Tensor], config: ZooConfig):
         whole = x[0].shape[dim]
-        return x[0].split([whole // len(foreign)] * len(foreign) if sizes is None else sizes(config), dim)
+        parts = [whole // len(foreign)] * len(foreign) if sizes is None else sizes(config)
+        return [part.clone() for part in x[0].split(parts, dim)]
 
     return Rule(tuple(map(Pattern, foreign)), (Pattern(own),), lambda x, shapes, config: [torch.cat(x, dim)], to_foreign)
 
