@@ -10,6 +10,7 @@ import json
 import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,25 +76,18 @@ def kernels(args: argparse.Namespace) -> dict:
     rows = {n: row for n, row in shapes(args.length, args.device).items() if not args.ops or row[0] in args.ops}
     results = []
     for name, (op, arguments) in tqdm(rows.items(), unit="row", leave=False):
-        with torch.no_grad():
-            times = {}
-            for backend in ("reference", "chunked"):
-                quadratic = backend == "reference" and op == "long_conv"  # its definition is a double loop
-                times[backend] = None if quadratic else median_ms(lambda b=backend: OPS[op].call(**arguments, backend=b), 2.0, args.device)
-        results.append({"row": name, **{f"{b}_ms": t for b, t in times.items()}})
-        ratio = times["reference"] / times["chunked"] if times["reference"] else float("nan")
-        tqdm.write(f"{name:<32} " + " ".join(f"{b} {t or float('nan'):>9.1f} ms" for b, t in times.items()) + f" {ratio:>7.1f}x")
-    host = {
-        "processor": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "device": args.device,
-    }
-    return {
-        "command": f"python scripts/benchmark.py kernels --length {args.length} --threads {args.threads}",
-        "host": host,
-        "rows": results,
-    }
+        row = {"row": name}
+        for backend in ("reference", "chunked"):
+            if backend == "chunked" or op != "long_conv":  # whose definition is a double loop
+                run = partial(OPS[op].call, **arguments, backend=backend)
+                with torch.no_grad():
+                    row[f"{backend}_ms"] = median_ms(run, args.seconds, args.device)
+        results.append(row)
+        times = [row.get("reference_ms", float("nan")), row["chunked_ms"]]
+        tqdm.write(f"{name:<32} reference {times[0]:>9.1f} ms   chunked {times[1]:>9.1f} ms {times[0] / times[1]:>7.1f}x")
+    host = {"machine": platform.machine(), "torch": torch.__version__, "threads": args.threads, "device": args.device}
+    command = f"python scripts/benchmark.py kernels --length {args.length} --threads {args.threads} --device {args.device}"
+    return {"command": command, "host": host, "rows": results}
 
 
 def main() -> None:
@@ -103,6 +97,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long to repeat each measurement")
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
     results = kernels(args)

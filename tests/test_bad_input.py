@@ -66,7 +66,7 @@ def test_wrong_tensors(model):
     q = torch.randn(1, 4, 2, 8)
     with pytest.raises(ValueError, match=r"k is torch.float64 but q is torch.float32"):
         ops.linear_attention(q, q.double(), q)
-    with pytest.raises(ValueError, match="k is on meta"):
+    with pytest.raises(ValueError, match=r"k is on meta"):
         ops.linear_attention(q, q.to("meta"), q)
     with pytest.raises(ValueError, match="log_decay is"):
         ops.linear_attention(q, q, q, torch.zeros(1, 4, 3))
@@ -84,7 +84,7 @@ def test_wrong_tensors(model):
         model(torch.ones(1, 5, dtype=torch.long), past_key_values=DynamicCache())
     with pytest.raises(ValueError, match="one row"):
         model(torch.ones(2, 5, dtype=torch.long), cu_seq_lens_q=torch.tensor([0, 2, 5]))
-    with pytest.raises(ValueError, match="restart at 0"):
+    with pytest.raises(ValueError, match=r"restart at 0"):
         model(torch.ones(1, 5, dtype=torch.long), position_ids=torch.tensor([[3, 4, 5, 6, 7]]))
     cache = model(torch.ones(1, 5, dtype=torch.long)).past_key_values
     with pytest.raises(ValueError, match="cache"):
