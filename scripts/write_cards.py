@@ -83,6 +83,11 @@ def card_section(entry: Architecture) -> str:
         f"- State: {state_kind(entry)}",
         f"- Channel mixer by default: {f'`{channel}`' if channel else 'none'}",
         f"- LoRA targets: {targets or 'none'}",
+        *(
+            [f"- Checkpoint layouts it reads and writes: {', '.join(f'`{layout.name}`' for layout in entry.layouts)}"]
+            if entry.layouts
+            else []
+        ),
         "",
         "| preset | layers | width | parameters | state at 1k tokens | state at 8k tokens |",
         "|---|--:|--:|--:|--:|--:|",
