@@ -1,0 +1,152 @@
+"""Longformer: softmax attention over a window, and a few global tokens that see all and are seen by all.
+
+    o_t = attention of q_t over { k_j, v_j : |t - j| <= W / 2, or j global }                        t local
+    o_t = attention of q'_t over { k'_j, v'_j : all j }                                             t global
+
+q', k', v' are projections of their own (section 3.1, "Linear Projections for Global Attention"); all that a local token
+sees, global tokens included, it sees by the ordinary ones. Global are the first tokens of every sequence. W counts both
+sides, as published: a token sees W / 2 neighbours on the left, as many on the right, and itself.
+
+The encoder is RoBERTa's: learned positions, norms after the residual sums and after the embedding, an MLP with GELU. With
+`causal=True` a token sees W / 2 tokens before it, itself, and the first tokens, all by the ordinary projections.
+
+Paper: Beltagy, Peters, Cohan 2020, arXiv:2004.05150: section 3.1; the language model in section 4, the encoder in section 5.
+"""
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+
+from zoo import ops
+from zoo.config import ZooConfig
+from zoo.kernels.attention import cache, flops
+from zoo.kernels.packing import Packing
+from zoo.layers import merge_heads, split_heads, token_positions
+from zoo.mixer import Mixer, State, Traits
+from zoo.registry import register
+
+
+@strict
+class LongformerConfig(ZooConfig):
+    """The window and the global tokens."""
+
+    model_type = "zoo_longformer"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    causal: bool = False
+    channel_mixer: str | None = "mlp"
+    norm: str = "layernorm"
+    post_norm: bool = True
+    embedding_norm: bool = True
+    max_position_embeddings: int | None = 4096
+    num_heads: int = 12
+    window: int | list[int] = 512  # W, neighbours seen on both sides together, an even number; a list has one for each layer
+    num_global_tokens: int = 1  # first tokens of every sequence that are global; if causal, that stay visible
+
+    def validate_window(self):
+        """Heads must divide the width, and windows must have two equal sides."""
+        self.divide("hidden_size", "num_heads")
+        windows = self.window if isinstance(self.window, list) else [self.window] * self.num_hidden_layers
+        if len(windows) != self.num_hidden_layers:
+            raise ValueError(f"LongformerConfig: window has {len(windows)} entries for num_hidden_layers={self.num_hidden_layers}")
+        if any(w < 2 or w % 2 for w in windows):
+            raise ValueError(f"LongformerConfig: window={self.window} must be even and at least 2, half of it on either side")
+        if self.num_global_tokens < 0:
+            raise ValueError(f"LongformerConfig: num_global_tokens={self.num_global_tokens} cannot be negative")
+
+
+class LongformerMixer(Mixer):
+    """State, if causal: a ring `k` and `v` `[B, S + W / 2 + 1, H, K]` for S first tokens, and `length` `[B]`.
+
+    The encoder sees its whole sequence at once and has no state.
+    """
+
+    traits = Traits(bidirectional=True)
+    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+    def __init__(self, config: LongformerConfig, layer: int):
+        super().__init__(config, layer)
+        width, self.heads, self.causal = config.hidden_size, config.num_heads, config.causal
+        self.keys = config.divide("hidden_size", "num_heads")
+        self.side = (config.window[layer] if isinstance(config.window, list) else config.window) // 2
+        self.firsts = config.num_global_tokens
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+        self.has_global = bool(self.firsts) and not self.causal
+        if self.has_global:
+            self.q_global = nn.Linear(width, width)
+            self.k_global = nn.Linear(width, width)
+            self.v_global = nn.Linear(width, width)
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
+        if not self.causal:
+            return {}
+        shape = (batch, self.firsts + self.side + 1, self.heads, self.keys)
+        k, v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return {"k": k, "v": v, "length": torch.zeros(batch, dtype=torch.long, device=device)}
+
+    def operator_flops(self, length: int) -> int:
+        firsts, side = min(self.firsts, length), min(self.side, length - 1)
+        near = length * (side + 1) - side * (side + 1) // 2  # pairs within the left side of the window
+        far = max(length - side - 1, 0)  # tokens that see the first one by its being first only
+        extra = sum(max(far - j, 0) for j in range(firsts))
+        if self.causal:
+            return flops(near + extra, self.heads, self.keys, self.keys)
+        return flops(2 * near - length + extra + firsts * length, self.heads, self.keys, self.keys)
+
+    def flops(self, length: int) -> int:
+        idle = length - min(self.firsts, length)  # tokens without a global query
+        return super().flops(length) - (2 * idle * self.q_global.weight.numel() if self.has_global else 0)
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if self.causal:
+            o, state = self.attend_left(q, k, v, token_positions(x, state["length"] if state else None, packing), state, packing)
+            return self.out_proj(merge_heads(o)), state
+        o, _ = ops.attention(q, k, v, causal=False, window=self.side, sinks=self.firsts, packing=packing)
+        if self.has_global:
+            o = self.answer_global(o, x, packing)
+        return self.out_proj(merge_heads(o)), {}
+
+    def attend_left(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: State | None, packing: Packing | None
+    ) -> tuple[Tensor, State]:
+        """Attention to the left side of the window and the first tokens, and the ring after."""
+        rule = {"window": self.side + 1, "sinks": self.firsts}
+        keys, values, kv_positions, after = cache.ring_append(state, k, v, **rule, packing=packing)
+        if state is None:
+            return ops.attention(q, k, v, **rule, packing=packing)[0], after
+        if packing is not None:
+            q, positions = packing.pad(q), packing.pad(positions, -1)
+        o, _ = ops.attention(q, keys, values, **rule, q_positions=positions, kv_positions=kv_positions)
+        return o if packing is None else packing.unpad(o), after
+
+    def answer_global(self, o: Tensor, x: Tensor, packing: Packing | None) -> Tensor:
+        """o `[B, T, H, K]` with the outputs of global tokens in their places."""
+        k, v = (split_heads(p(x), self.heads) for p in (self.k_global, self.v_global))
+        if packing is None:
+            q = split_heads(self.q_global(x[:, : self.firsts]), self.heads)
+            answer, _ = ops.attention(q, k, v, causal=False)
+            return torch.cat([answer, o[:, self.firsts :]], dim=1)
+        chosen = packing.positions < self.firsts
+        q = split_heads(self.q_global(packing.pad(x)[:, : self.firsts]), self.heads)
+        at = packing.pad(packing.positions.unsqueeze(0), -1)  # keys behind a sequence's end are not seen
+        answer, _ = ops.attention(q, packing.pad(k), packing.pad(v), causal=False, q_positions=at[:, : self.firsts], kv_positions=at)
+        return o.masked_scatter(chosen[:, None, None], answer[packing.seq_idx[chosen], packing.positions[chosen]])
+
+
+register(
+    "longformer",
+    config=LongformerConfig,
+    mixer=LongformerMixer,
+    title="Longformer: The Long-Document Transformer",
+    paper="arXiv:2004.05150",
+    presets={
+        "tiny": dict(hidden_size=32, num_hidden_layers=2, num_heads=2, window=8, vocab_size=256, max_position_embeddings=512),
+        "base": dict(hidden_size=768, num_hidden_layers=12, num_heads=12, vocab_size=50265, tie_word_embeddings=True),
+        "large": dict(hidden_size=1024, num_hidden_layers=24, num_heads=16, vocab_size=50265, tie_word_embeddings=True),
+    },
+)
