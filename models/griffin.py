@@ -104,6 +104,6 @@ register(
     paper="arXiv:2402.19427",
     presets={
         "tiny": dict(hidden_size=32, num_hidden_layers=2, num_blocks=2, vocab_size=256),
-        "hawk-1.3b": dict(hidden_size=2048, num_hidden_layers=24, lru_width=2560, num_blocks=10),
+        "hawk-1.3b": dict(hidden_size=2048, num_hidden_layers=24, lru_width=2560, num_blocks=10, tie_word_embeddings=True),
     },
 )

@@ -96,7 +96,7 @@ register(
     paper="arXiv:2404.07904",
     presets={
         "tiny": dict(hidden_size=32, num_hidden_layers=2, expansion=16, vocab_size=256),
-        "340m": dict(hidden_size=1024, num_hidden_layers=24),
+        "340m": dict(hidden_size=1024, num_hidden_layers=24, tie_word_embeddings=True),
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24),
         "2.7b": dict(hidden_size=2560, num_hidden_layers=32),
     },

@@ -45,9 +45,35 @@ class HybridConfig(ZooConfig):
             raise ValueError(f"plan entry {index} ({mixer}): {error}") from error
 
 
-def repeat(*pattern, layers: int) -> list:
-    """A plan of `layers` entries that repeats `pattern`."""
-    return [pattern[i % len(pattern)] for i in range(layers)]
+def samba(width: int, pairs: int, heads: int) -> dict:
+    """Samba (arXiv:2406.07522): Mamba and attention over a window of 2048 in turn, each with a gated MLP."""
+    window = {"mixer": "transformer", "num_heads": heads, "window": 2048}
+    return dict(
+        hidden_size=width,
+        num_hidden_layers=2 * pairs,
+        intermediate_size=4 * width * 2 // 3,
+        tie_word_embeddings=True,
+        plan=["mamba", window] * pairs,
+    )
+
+
+def griffin(width: int, layers: int, heads: int, inner: int, vocabulary: int = 256000) -> dict:
+    """Griffin (arXiv:2402.19427) as RecurrentGemma sizes it: two RG-LRU layers, then attention over a window of 2048."""
+    window = {"mixer": "transformer", "num_heads": heads, "num_kv_heads": 1, "head_dim": 256, "rope_fraction": 0.5, "window": 2048}
+    pattern = [{"mixer": "griffin", "num_blocks": heads}, {"mixer": "griffin", "num_blocks": heads}, window | {"out_bias": True}]
+    return dict(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        intermediate_size=inner,
+        vocab_size=vocabulary,
+        channel_args={"act": "gelu_tanh", "bias": True},
+        norm="unit_rmsnorm",
+        norm_eps=1e-6,
+        embedding_scale=width**0.5,
+        logit_softcap=30.0,
+        tie_word_embeddings=True,
+        plan=[pattern[i % 3] for i in range(layers)],
+    )
 
 
 register(
@@ -58,7 +84,23 @@ register(
     paper="none",
     presets={
         "tiny": dict(
-            hidden_size=32, num_hidden_layers=2, vocab_size=256, plan=[{"mixer": "gla", "num_heads": 2}, {"mixer": "gla", "num_heads": 2}]
+            hidden_size=32,
+            num_hidden_layers=3,
+            vocab_size=256,
+            plan=[
+                {"mixer": "mamba", "state_size": 4},
+                {"mixer": "transformer", "num_heads": 4, "window": 8},
+                {"mixer": "gla", "num_heads": 2},
+            ],
         ),
+        "samba-tiny": dict(
+            hidden_size=32,
+            num_hidden_layers=2,
+            vocab_size=256,
+            plan=[{"mixer": "mamba", "state_size": 4}, {"mixer": "transformer", "num_heads": 4, "window": 8}],
+        ),
+        "samba-421m": samba(1536, 6, 12),
+        "samba-1.3b": samba(2304, 9, 18),
+        "griffin-2b": griffin(2560, 26, 10, 7680),
     },
 )

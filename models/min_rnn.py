@@ -85,6 +85,6 @@ register(
     presets={
         "tiny": dict(hidden_size=32, num_hidden_layers=2, cell="lstm", vocab_size=256),
         "shakespeare": dict(hidden_size=384, num_hidden_layers=3, channel_mixer="mlp", vocab_size=65),
-        "350m": dict(hidden_size=1024, num_hidden_layers=24),
+        "350m": dict(hidden_size=1024, num_hidden_layers=20),
     },
 )

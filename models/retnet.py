@@ -96,7 +96,7 @@ register(
     paper="arXiv:2307.08621",
     presets={
         "tiny": dict(hidden_size=32, num_hidden_layers=2, num_heads=2, vocab_size=256),
-        "340m": dict(hidden_size=1024, num_hidden_layers=24, num_heads=4),
+        "340m": dict(hidden_size=1024, num_hidden_layers=24, num_heads=4, tie_word_embeddings=True),
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24, num_heads=8),
         "2.7b": dict(hidden_size=2560, num_hidden_layers=32, num_heads=10),
     },

@@ -212,7 +212,7 @@ register(
             hidden_size=576, num_hidden_layers=30, num_heads=9, num_kv_heads=3, intermediate_size=1536, vocab_size=49152,
             rope_theta=100000.0, tie_word_embeddings=True,
         ),
-        "340m": dict(hidden_size=1024, num_hidden_layers=24, num_heads=16),
+        "340m": dict(hidden_size=1024, num_hidden_layers=24, num_heads=16, tie_word_embeddings=True),
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24, num_heads=32),
     },
     layouts=LAYOUTS,

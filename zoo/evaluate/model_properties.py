@@ -258,8 +258,9 @@ def adapts_with_lora(subject: Subject) -> None:
     idle = [n for n, p in adapted.named_parameters() if p.requires_grad and (p.grad is None or p.grad.abs().max() == 0)]
     assert not idle, f"adapters without a gradient: {idle}"
     with torch.no_grad():
-        merged = adapted.merge_and_unload()(ids).logits
-        exact = copy.deepcopy(model).double()(ids).logits
+        wide = copy.deepcopy(adapted).double()
+        exact = wide(ids).logits
+        merged = wide.merge_and_unload()(ids).logits
     assert_close(merged, during, exact, "merged adapters")
 
 
