@@ -126,10 +126,9 @@ OP = LongConv(
     reference=reference.long_conv,
     chunked=chunked.long_conv,
     tensors=("u", "kernel", "skip?", "state?"),
-    options={"causal": "bool", "keep": "int"},
+    options={"causal": "bool", "keep": "SymInt"},
     along_time=("u",),
     meta=_meta,
-    opaque=False,
     cases={
         "short": _case(9),
         "long": _case(200, skip=False),
