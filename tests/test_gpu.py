@@ -1,0 +1,63 @@
+"""What only a CUDA device can show; run with `pytest -m gpu`."""
+
+import pytest
+import torch
+from test_ops import cast, inputs, run
+
+import zoo
+from zoo.evaluate.closeness import assert_close
+from zoo.evaluate.subject import Subject
+from zoo.ops import OPS
+
+pytestmark = pytest.mark.gpu
+MODELS = zoo.list_models()
+GENERATORS = [name for name in MODELS if Subject(name).traits().causal]
+
+
+@pytest.mark.parametrize("op, case", [pytest.param(op, case, id=f"{op.name}-{case}") for op in OPS.values() for case in op.cases])
+def test_operators_agree_with_the_cpu(op, case):
+    given = cast(inputs(op.cases[case], 2, 70), torch.float32)
+    moved = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in given.items()}
+    exact = run(op, cast(given, torch.float64), backend="reference")
+    for x, p, r in zip(run(op, moved, backend="chunked"), run(op, given, backend="reference"), exact, strict=True):
+        assert_close(x.cpu(), p, r, f"{op.name} on CUDA")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_agree_with_the_cpu(name):
+    subject = Subject(name)
+    ids = subject.tokens(2, 70)
+    exact, plain = (subject.model("base", dtype=dtype)(ids, use_cache=False).last_hidden_state for dtype in (torch.float64, torch.float32))
+    model = subject.model("base").cuda().train()
+    result = model(ids.cuda(), use_cache=False).last_hidden_state
+    assert_close(result.detach().cpu(), plain.detach(), exact.detach(), f"{name} on CUDA")
+    result.square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_a_decode_step_never_waits_for_the_host(name):
+    """Nor does it move a state: the addresses stay."""
+    model = Subject(name).model().cuda()
+    ids, mask = torch.ones(2, 9, dtype=torch.long, device="cuda"), torch.ones(2, 10, dtype=torch.long, device="cuda")
+    mask[0, :3] = 0
+    with torch.no_grad():
+        cache = model(ids, attention_mask=mask[:, :-1], use_cache=True).past_key_values
+        model(ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
+        before = {(i, n): t.data_ptr() for i, layer in enumerate(cache.layers) for n, t in layer.state.items()}
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            model(ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert before == {(i, n): t.data_ptr() for i, layer in enumerate(cache.layers) for n, t in layer.state.items()}
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_generates(name):
+    model = Subject(name).model().cuda()
+    ids = torch.ones(2, 9, dtype=torch.long, device="cuda")
+    arguments = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, use_cache=False, **arguments)
+    assert torch.equal(model.generate(ids, **arguments), expected)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **arguments), expected)
