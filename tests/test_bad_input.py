@@ -70,7 +70,7 @@ def test_wrong_tensors(model):
         ops.linear_attention(q, q.to("meta"), q)
     with pytest.raises(ValueError, match="log_decay is"):
         ops.linear_attention(q, q, q, torch.zeros(1, 4, 3))
-    with pytest.raises(ValueError, match="state is torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"state is torch\.bfloat16"):
         ops.linear_attention(q, q, q, state=torch.zeros(1, 2, 8, 8, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="does not divide"):
         ops.linear_attention(q, torch.randn(1, 4, 3, 8), q)
