@@ -23,7 +23,7 @@ from zoo.config import ZooConfig
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
 from zoo.kernels.scan import flops
-from zoo.layers import GatedNorm, wide
+from zoo.layers import GatedNorm, bounded_gates, wide
 from zoo.mixer import Mixer, State
 from zoo.registry import register
 
@@ -64,17 +64,8 @@ class HGRNMixer(Mixer):
     def operator_flops(self, length: int) -> int:
         return flops(length, self.inner)
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log f and 1 - f, `[B, T, inner]`; neither is computed from the other, so that neither loses digits."""
-        logit = wide(self.forget_proj(x))
-        log_forget, write = F.logsigmoid(logit), torch.sigmoid(-logit)
-        if self.bound_logit is None:
-            return log_forget, write
-        bound = wide(self.bound_logit)
-        return torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + log_forget), torch.sigmoid(-bound) * write
-
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        log_forget, write = self.gates(x)
+        log_forget, write = bounded_gates(self.forget_proj(x), self.bound_logit)
         candidate = F.silu(wide(self.input_proj(x)))
         h, hidden = ops.scan(write * candidate, log_forget, state=state["hidden"] if state else None, packing=packing)
         return self.out_proj(self.norm(h.to(x.dtype), self.gate_proj(x))), {"hidden": hidden}

@@ -24,7 +24,7 @@ from zoo import ops
 from zoo.config import ZooConfig
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import RMSNorm, merge_heads, split_heads, wide
+from zoo.layers import RMSNorm, bounded_gates, merge_heads, split_heads
 from zoo.mixer import Mixer, State
 from zoo.registry import register
 
@@ -71,17 +71,8 @@ class HGRN2Mixer(Mixer):
     def operator_flops(self, length: int) -> int:
         return flops(length, self.heads, self.keys, self.keys)
 
-    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """log f and 1 - f, `[B, T, D]`; neither is computed from the other, so that neither loses digits."""
-        logit = wide(self.forget_proj(x))
-        log_forget, write = F.logsigmoid(logit), torch.sigmoid(-logit)
-        if self.bound_logit is None:
-            return log_forget, write
-        bound = wide(self.bound_logit)
-        return torch.logaddexp(F.logsigmoid(bound), F.logsigmoid(-bound) + log_forget), torch.sigmoid(-bound) * write
-
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        log_forget, write = self.gates(x)
+        log_forget, write = bounded_gates(self.forget_proj(x), self.bound_logit)
         tensors = (F.silu(self.q_proj(x)), write.to(x.dtype), self.v_proj(x), log_forget)
         q, k, v, log_decay = (split_heads(t, self.heads) for t in tensors)
         o, memory = ops.linear_attention(q, k, v, log_decay, state=state["memory"] if state else None, packing=packing)

@@ -163,6 +163,20 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def bounded_gates(logit: Tensor, bound_logit: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log f and 1 - f of the forget gate `f = gamma + (1 - gamma) sigmoid(logit)`, gamma being the sigmoid of `bound_logit`.
+
+    Neither is computed from the other, so that neither loses digits. Without a bound gamma is zero (HGRN, arXiv:2311.04823).
+    """
+    logit = wide(logit)
+    log_forget, write = nn.functional.logsigmoid(logit), torch.sigmoid(-logit)
+    if bound_logit is None:
+        return log_forget, write
+    bound = wide(bound_logit)
+    log_bound, log_rest = nn.functional.logsigmoid(bound), nn.functional.logsigmoid(-bound)
+    return torch.logaddexp(log_bound, log_rest + log_forget), torch.sigmoid(-bound) * write
+
+
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """`[B, T, H * K] -> [B, T, H, K]`, a view."""
     return x.unflatten(-1, (heads, -1))
