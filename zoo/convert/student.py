@@ -1,5 +1,6 @@
 """From a transformer to a hybrid that keeps some of its attention layers."""
 
+import copy
 from collections.abc import Iterable
 from dataclasses import fields
 
@@ -60,6 +61,7 @@ def convert(
     with torch.device(teacher.device):
         student = model_class(config, "causal_lm")(config).to(teacher.dtype)
     seed_student(teacher, student)
+    student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
 
 
@@ -90,6 +92,8 @@ def converted_entry(layer: ZooConfig, mixer: str, window: int | None, sinks: int
 def matching_fields(config: type[ZooConfig], layer: ZooConfig) -> dict:
     """Those size fields of a mixer's config that give it the teacher's heads, so that its projections can be seeded."""
     heads, width = layer.num_heads, layer.head_dim or layer.hidden_size // layer.num_heads
+    known = {f.name for f in fields(config)}
     share = heads * width / layer.hidden_size
-    sizes = {"num_heads": heads, "head_dim": width, "key_ratio": share, "value_ratio": share}
-    return {name: value for name, value in sizes.items() if name in {f.name for f in fields(config)}}
+    # beside a head_dim, value_ratio counts in key widths, without one in model widths
+    sizes = {"num_heads": heads, "head_dim": width, "key_ratio": share, "value_ratio": 1.0 if "head_dim" in known else share}
+    return {name: value for name, value in sizes.items() if name in known}

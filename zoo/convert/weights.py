@@ -65,6 +65,7 @@ def seed_student(teacher: nn.Module, student: nn.Module) -> Account:
     return account.close(teacher, student, filled)
 
 
+@torch.no_grad()
 def seed_mixer(source: Mixer, mixer: Mixer, account: Account, prefix: str) -> set[str]:
     """Seed one mixer from an attention layer; the names of its parameters that were filled.
 
