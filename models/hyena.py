@@ -46,6 +46,7 @@ class HyenaConfig(ZooConfig):
     filter_width: int = 64  # hidden channels of the filter network
     filter_depth: int = 4  # its linear layers
     filter_features: int = 33  # its inputs, an odd number: the position, and cosines and sines of (features - 1) / 2 frequencies
+    trained_positions: bool = False  # those inputs are parameters, which begin as said
     filter_frequency: float = 14.0  # factor inside its sines at initialisation
     window_shift: float = 0.0  # what the window falls to
     conv_kernel: int = 3  # taps of the short convolutions
@@ -73,6 +74,7 @@ class ImplicitFilter(Layer):
         self.weights = nn.ParameterList(torch.empty(out, width) for width, out in zip(widths, [*widths[1:], channels], strict=True))
         self.biases = nn.ParameterList(torch.empty(width) for width in widths[1:])
         self.frequency = nn.Parameter(torch.empty(config.filter_width))
+        self.positions = nn.Parameter(torch.empty(self.taps, self.features)) if config.trained_positions else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -81,17 +83,23 @@ class ImplicitFilter(Layer):
         for bias in self.biases:
             init.zeros_(bias)
         init.constant_(self.frequency, self.initial)
+        if self.positions is not None:
+            init.copy_(self.positions, self.encode())
+
+    def encode(self) -> Tensor:
+        """Every tap's time, from 0 to 1, and its cosines and sines: float64 `[L, features]`."""
+        tap = torch.arange(self.taps, dtype=torch.float64, device=self.frequency.device).unsqueeze(1)
+        bands = torch.linspace(LOWEST, self.features // 2 - 1, self.features // 2, dtype=torch.float64, device=tap.device)
+        angle = 2 * math.pi / self.taps * tap * bands
+        return torch.cat([tap / (self.taps - 1), angle.cos(), -angle.sin()], dim=-1)
 
     def forward(self) -> Tensor:
-        frequency = wide(self.frequency)
-        position = torch.arange(self.taps, dtype=torch.float64, device=frequency.device).unsqueeze(1)
-        bands = torch.linspace(LOWEST, self.features // 2 - 1, self.features // 2, dtype=torch.float64, device=frequency.device)
-        angle, time = 2 * math.pi / self.taps * position * bands, position / (self.taps - 1)
-        h = torch.cat([time, angle.cos(), -angle.sin()], dim=-1).to(frequency.dtype)
+        frequency, encoded = wide(self.frequency), self.encode()
+        h = encoded.to(frequency.dtype) if self.positions is None else wide(self.positions)
         for weight, bias in zip(self.weights, self.biases, strict=False):
             h = torch.sin(frequency * F.linear(h, wide(weight), wide(bias)))
         rates = torch.linspace(SLOW, FAST, self.channels, dtype=torch.float64, device=frequency.device)
-        window = torch.exp(-time * rates) + self.shift
+        window = torch.exp(-encoded[:, :1] * rates) + self.shift
         return F.linear(h, wide(self.weights[-1])) * window.to(frequency.dtype)
 
     def flops(self) -> int:
@@ -140,6 +148,9 @@ class HyenaMixer(Mixer):
         return self.out_proj(last * z), after
 
 
+# what the authors' language models, trained on the Pile, have in common
+PILE = {"vocab_size": 50257, "tie_word_embeddings": True, "trained_positions": True}
+
 register(
     "hyena",
     config=HyenaConfig,
@@ -148,11 +159,12 @@ register(
     paper="arXiv:2302.10866",
     presets={
         "tiny": dict(
-            hidden_size=32, num_hidden_layers=2, vocab_size=256, filter_length=64, filter_width=16, filter_features=5, intermediate_size=64
+            hidden_size=32, num_hidden_layers=2, vocab_size=256, filter_length=64, filter_width=16, filter_features=5, intermediate_size=64,
+            trained_positions=True,
         ),
-        "125m": dict(hidden_size=768, num_hidden_layers=18, intermediate_size=1536, vocab_size=50257, tie_word_embeddings=True),
-        "153m": dict(hidden_size=864, num_hidden_layers=18, intermediate_size=1728, vocab_size=50257, tie_word_embeddings=True),
-        "355m": dict(hidden_size=1024, num_hidden_layers=36, intermediate_size=2048, vocab_size=50257, tie_word_embeddings=True),
-        "1.3b": dict(hidden_size=2048, num_hidden_layers=36, intermediate_size=4096, vocab_size=50257, tie_word_embeddings=True),
+        "125m": dict(hidden_size=768, num_hidden_layers=18, intermediate_size=1536, **PILE),
+        "153m": dict(hidden_size=864, num_hidden_layers=18, intermediate_size=1728, **PILE),
+        "355m": dict(hidden_size=1024, num_hidden_layers=36, intermediate_size=2048, **PILE),
+        "1.3b": dict(hidden_size=2048, num_hidden_layers=36, intermediate_size=4096, **PILE),
     },
 )  # fmt: skip
