@@ -19,7 +19,7 @@ from zoo.config import ZooConfig
 from zoo.kernels.attention import cache, flops
 from zoo.kernels.packing import Packing
 from zoo.layers import RMSNorm, check_rope_scaling, merge_heads, rotary_table, rotate, split_heads, token_positions
-from zoo.layout import Layout, drop, rename
+from zoo.layout import Layout, drop, rename, split
 from zoo.mixer import Mixer, State, Traits
 from zoo.registry import register
 
@@ -141,11 +141,12 @@ ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "g
 
 
 def from_llama(foreign: dict) -> dict:
-    """Fields of a TransformerConfig for a config of Llama, Mistral, Qwen2 or Qwen3."""
+    """Fields of a TransformerConfig for a config of Llama, Mistral, Qwen2, Qwen3 or Phi-3."""
     fields = {name: foreign[name] for name in SAME} | {own: foreign.get(name) for own, name in RENAMED.items()}
     rope = dict(foreign["rope_parameters"])
     fields["rope_theta"] = float(rope.pop("rope_theta"))
-    if rope.pop("partial_rotary_factor", 1.0) != 1.0:
+    fields["rope_fraction"] = float(rope.pop("partial_rotary_factor", 1.0))
+    if fields["rope_fraction"] != 1.0 and foreign["model_type"] != "phi3":
         raise ValueError(f"a {foreign['model_type']} with partial_rotary_factor other than 1 is not supported")
     fields["rope_scaling"] = None if rope["rope_type"] == "default" else {n: v for n, v in rope.items() if n != "type"}
     check_rope_scaling(fields["rope_scaling"])
@@ -174,30 +175,43 @@ def to_llama(config: TransformerConfig, kind: str) -> dict:
     inner = config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64
     fields |= {"intermediate_size": inner, "rope_parameters": {"rope_type": "default"} | (config.rope_scaling or {})}
     fields["rope_parameters"]["rope_theta"] = config.rope_theta
+    if kind == "phi3":
+        fields["rope_parameters"]["partial_rotary_factor"] = config.rope_fraction
     fields["hidden_act"] = {own: name for name, own in ACTS.items() if name != "swish"}.get(args.get("act", "silu"), "silu")
     if kind == "llama":
         fields |= {"mlp_bias": args.get("bias", False)}
     if kind in ("llama", "qwen3"):
         fields |= {"attention_bias": config.out_bias}
-    if kind == "mistral":
+    if kind in ("mistral", "phi3"):
         fields |= {"sliding_window": config.window}
     if kind in ("qwen2", "qwen3") and config.window is not None:
         fields |= {"use_sliding_window": True, "sliding_window": config.window, "max_window_layers": 0}
     return fields
 
 
-RULES = (
-    rename("model.embed_tokens.weight", "model.embed_tokens.weight"),
+APART = (
     rename("model.layers.{}.self_attn.{q,k,v,o}_proj.{weight,bias}", "model.layers.{}.mixer.{q,k,v,out}_proj.{weight,bias}"),
     rename("model.layers.{}.self_attn.{q,k}_norm.weight", "model.layers.{}.mixer.{q,k}_norm.weight"),
     rename("model.layers.{}.mlp.{gate,up,down}_proj.{weight,bias}", "model.layers.{}.channel_mixer.{gate,up,down}_proj.{weight,bias}"),
+)
+FUSED = (  # Phi-3 (arXiv:2404.14219)
+    split("model.layers.{}.self_attn.qkv_proj.weight", [f"model.layers.{{}}.mixer.{name}_proj.weight" for name in "qkv"]),
+    split("model.layers.{}.mlp.gate_up_proj.weight", [f"model.layers.{{}}.channel_mixer.{name}_proj.weight" for name in ("gate", "up")]),
+    rename("model.layers.{}.self_attn.o_proj.weight", "model.layers.{}.mixer.out_proj.weight"),
+    rename("model.layers.{}.mlp.down_proj.weight", "model.layers.{}.channel_mixer.down_proj.weight"),
+)
+AROUND = (
+    rename("model.embed_tokens.weight", "model.embed_tokens.weight"),
     rename("model.layers.{}.{input,post_attention}_layernorm.weight", "model.layers.{}.{mixer,channel}_norm.weight"),
     rename("model.norm.weight", "model.norm.weight"),
     rename("lm_head.weight", "lm_head.weight"),
     rename("score.{weight,bias}", "score.{weight,bias}"),
     drop("model.layers.{}.self_attn.rotary_emb.inv_freq", "follows from rope_theta"),
 )
-LAYOUTS = tuple(Layout(kind, (kind,), from_llama, partial(to_llama, kind=kind), RULES) for kind in ("llama", "mistral", "qwen2", "qwen3"))
+LAYOUTS = tuple(
+    Layout(kind, (kind,), from_llama, partial(to_llama, kind=kind), (FUSED if kind == "phi3" else APART) + AROUND)
+    for kind in ("llama", "mistral", "qwen2", "qwen3", "phi3")
+)
 
 
 register(

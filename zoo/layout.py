@@ -101,16 +101,28 @@ def transpose(foreign: str, own: str) -> Rule:
     return mapped(foreign, own, lambda x: x.t().contiguous(), lambda x: x.t().contiguous())
 
 
-def split(foreign: str, own: list[str], dim: int = 0) -> Rule:
-    """One foreign tensor is several of ours, laid end to end along `dim`; their sizes are the model's."""
+def split(
+    foreign: str, own: list[str], dim: int = 0, arrange: Callable[[Tensor, ZooConfig], Tensor] | None = None,
+    disarrange: Callable[[Tensor, ZooConfig], Tensor] | None = None,
+) -> Rule:  # fmt: skip
+    """One foreign tensor is several of ours, laid end to end along `dim`; their sizes are the model's.
+
+    `arrange`: what to do with the foreign tensor before it can be cut; `disarrange` undoes it after the parts are joined.
+    """
 
     def to_own(x: list[Tensor], shapes: list[Size], config: ZooConfig):
+        whole = x[0] if arrange is None else arrange(x[0], config)
         sizes = [shape[dim] for shape in shapes]
-        if x[0].shape[dim] != sum(sizes):
-            raise ValueError(f"it is {list(x[0].shape)}, but its parts have {sizes} along dimension {dim}")
-        return [part.clone() for part in x[0].split(sizes, dim)]  # parameters and files want memory of their own
+        if whole.shape[dim] != sum(sizes):
+            raise ValueError(f"it is {list(whole.shape)}, but its parts have {sizes} along dimension {dim}")
+        # parameters and files want memory of their own
+        return [part.clone(memory_format=torch.contiguous_format) for part in whole.split(sizes, dim)]
 
-    return Rule((Pattern(foreign),), tuple(map(Pattern, own)), to_own, lambda x, config: [torch.cat(x, dim)])
+    def to_foreign(x: list[Tensor], config: ZooConfig):
+        whole = torch.cat(x, dim)
+        return [whole if disarrange is None else disarrange(whole, config).contiguous()]
+
+    return Rule((Pattern(foreign),), tuple(map(Pattern, own)), to_own, to_foreign)
 
 
 def merge(foreign: list[str], own: str, dim: int = 0, sizes: Callable[[ZooConfig], list[int]] | None = None) -> Rule:
