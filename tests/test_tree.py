@@ -135,7 +135,8 @@ def test_what_is_imported_is_required():
     extras = [requirement for extra in ast.literal_eval(keywords["extras_require"]).values() for requirement in extra]
     packages = {re.match(r"[\w-]+", requirement).group().replace("-", "_") for requirement in [*required, *extras]}
     foreign = {module.split(".")[0] for path in [*LIBRARY, *files("scripts"), *TESTS] for module in imports(path)}
-    missing = foreign - packages - sys.stdlib_module_names - {"zoo"}
+    own = {"zoo", *(path.stem for path in TESTS)}
+    missing = foreign - packages - sys.stdlib_module_names - own
     assert not missing, f"add {sorted(missing)} to setup.py"
 
 
