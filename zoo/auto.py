@@ -46,12 +46,14 @@ def from_pretrained(path_or_id: str | os.PathLike, *, task: str | None = None, *
     """A model with its weights, from a folder or a Hub id.
 
     Args:
-        path_or_id: a zoo checkpoint, or one in a foreign layout that `zoo.layouts()` lists, which is translated.
+        path_or_id: a zoo checkpoint, or one in a foreign layout that `zoo.layouts()` lists, which is translated; or a `.pth`
+            file of tensors that stands alone.
         task: as in `from_config`; by default what the checkpoint was saved as.
         kwargs: of transformers' `from_pretrained`: dtype, device_map, revision, token, cache_dir...
     """
     hub = {n: kwargs[n] for n in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if n in kwargs}
-    raw, _ = PreTrainedConfig.get_config_dict(path_or_id, **hub)
+    alone = str(path_or_id).endswith(".pth")
+    raw = {} if alone else PreTrainedConfig.get_config_dict(path_or_id, **hub)[0]
     if not str(raw.get("model_type")).startswith("zoo_"):
         from zoo.foreign import load_foreign  # the files of others are needed by few
 

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import cached_file
 
 from zoo.auto import TASKS, model_class
-from zoo.layout import State, find_layout, get_layout
+from zoo.layout import Layout, State, find_layout, get_layout
 from zoo.registry import AUTO, get
 from zoo.saving import CheckpointMixin, whole_or_nothing
 
@@ -26,8 +26,8 @@ def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | Non
     """One of our models with the weights of a foreign checkpoint, which is read as it is needed and never held twice.
 
     Args:
-        path_or_id: a folder or Hub id with safetensors or `.bin` files, sharded or not.
-        config: its config.json.
+        path_or_id: a folder or Hub id with safetensors or `.bin` files, sharded or not; or a `.pth` file.
+        config: its config.json; a `.pth` file has none.
         task: as in `zoo.from_config`; by default what the checkpoint was saved as.
         output_loading_info: return `(model, Report)`.
         kwargs: of transformers' `from_pretrained`.
@@ -37,19 +37,24 @@ def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | Non
             key is missing, surplus or misshapen.
     """
     hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
-    entry, layout = find_layout(config.get("model_type"))
-    config = with_defaults(config)
+    alone = str(path_or_id).endswith(".pth")
+    weights = read_file(str(path_or_id)) if alone else None
+    if alone:
+        config = described(weights)
+    entry, layout = find_layout(config)
+    config = with_defaults(config, layout)
     own = entry.config(**layout.config_map(config), **{name: config[name] for name in LABELS if config.get(name) is not None})
     saved = saved_task(config)
     cls = model_class(own, task or saved)
     with torch.device("meta"):
         skeleton = cls(own)
     other_task = task is not None and saved is not None and task != saved
-    state, report = layout.to_zoo(read(path_or_id, hub), skeleton, other_task=other_task)
+    weights = read(path_or_id, hub) if weights is None else weights
+    state, report = layout.to_zoo(weights, skeleton, other_task=other_task)
     # past our own from_pretrained, which would refuse what a layout declares fresh; the report has accounted for every key
     model = super(CheckpointMixin, cls).from_pretrained(None, config=own, state_dict=state, **kwargs)
     model.name_or_path = model.config.name_or_path = str(path_or_id)
-    if model.can_generate() and locate(path_or_id, "generation_config.json", hub):
+    if model.can_generate() and not alone and locate(path_or_id, "generation_config.json", hub):
         model.generation_config = GenerationConfig.from_pretrained(path_or_id, **hub)
     return (model, report) if output_loading_info else model
 
@@ -64,23 +69,29 @@ def save_foreign(model, folder: str | os.PathLike, layout: str, *, max_shard_siz
     Raises:
         ValueError: the layout is not one of this architecture, or it cannot express the model's config.
     """
-    table = get_layout(get(model.config.name), layout)
-    foreign = {"model_type": table.model_types[0]} | table.config_back(model.config) | fields
-    table.check_expressible(model.config, with_defaults(foreign))
+    table, entry = get_layout(get(model.config.name), layout), get(model.config.name)
+    foreign = {"model_type": kind for kind in table.model_types[:1]} | table.config_back(model.config) | fields
+    alone = table.file.endswith(".pth")
+    if alone:
+        foreign = described(table.to_foreign(model.state_dict(), model))
+    table.check_expressible(model.config, with_defaults(foreign, table))
     foreign |= {name: getattr(model.config, name) for name in LABELS if getattr(model.config, name, None) is not None}
     foreign["dtype"] = str(model.dtype).removeprefix("torch.")
-    known = config_class(foreign["model_type"])
-    if known is not None:
-        suffix = next(suffix for suffix, cls in get(model.config.name).models.items() if isinstance(model, cls))
-        foreign["architectures"] = [known.__name__.removesuffix("Config") + suffix]
+    known = None if table.complete else config_class(foreign.get("model_type"))
+    classes = known.__name__.removesuffix("Config") if known else table.classes
+    if classes:
+        foreign["architectures"] = [classes + next(suffix for suffix, cls in entry.models.items() if isinstance(model, cls))]
     state = table.to_foreign(model.state_dict(), model)
     with whole_or_nothing(folder) as stage:
-        save_torch_state_dict(state, stage, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)
+        if table.file.endswith(".safetensors"):
+            save_torch_state_dict(state, stage, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)
+        else:
+            torch.save(state, stage / table.file)
         if known is not None:
             known(**{name: value for name, value in foreign.items() if name != "model_type"}).save_pretrained(stage)
-        else:
+        elif not alone:
             Path(stage, "config.json").write_text(json.dumps(foreign, indent=2, default=str) + "\n")
-        if model.can_generate():
+        if model.can_generate() and not alone:
             model.generation_config.save_pretrained(stage)
 
 
@@ -89,8 +100,15 @@ def config_class(model_type: str | None) -> type | None:
     return CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None  # noqa: SIM401 (its get finds nothing)
 
 
-def with_defaults(config: dict) -> dict:
-    """The config with the fields it leaves out, where transformers knows its type."""
+def described(state: State) -> dict:
+    """What stands for the config of a file that has none: the shapes of its tensors. Such files hold language models."""
+    return {"tensors": {name: list(tensor.shape) for name, tensor in state.items()}, "architectures": ["ForCausalLM"]}
+
+
+def with_defaults(config: dict, layout: Layout) -> dict:
+    """The config with the fields it leaves out, where the layout or transformers knows them."""
+    if layout.complete is not None:
+        return layout.complete(config)
     known = config_class(config.get("model_type"))
     return config if known is None else known.from_dict(config).to_dict() | {"architectures": config.get("architectures")}
 
@@ -121,7 +139,7 @@ def read(path_or_id: str | os.PathLike, hub: dict) -> State:
 def read_file(path: str) -> State:
     """The tensors of one file, mapped into memory."""
     try:
-        if path.endswith(".bin"):
+        if path.endswith((".bin", ".pth")):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle, not a dictionary)

@@ -12,7 +12,7 @@ same order, so that every rule reads in both directions. Patterns name keys as a
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
@@ -25,6 +25,10 @@ State = dict[str, Tensor]
 SHOWN = 4  # keys named in one message
 TIED = "tied to the embedding"
 OTHER_HEAD = "head of another task"
+COMMON = (  # fields that ours and most foreign configs have under the same name
+    "vocab_size", "hidden_size", "num_hidden_layers", "initializer_range", "tie_word_embeddings", "use_cache", "pad_token_id",
+    "bos_token_id", "eos_token_id",
+)  # fmt: skip
 
 
 class Pattern:
@@ -65,6 +69,7 @@ class Rule:
         to_own: (foreign tensors, shapes of the own ones, config) -> own tensors; to_foreign: (own tensors, config) -> foreign
             tensors, its inverse. None for a rule with only one side.
         moved: the tensors are the same on both sides.
+        mixer: only in layers with this mixer, the first number in the keys being the layer's; empty: in all.
         reason: why the foreign key is not needed.
     """
 
@@ -73,6 +78,7 @@ class Rule:
     to_own: Callable[[list[Tensor], list[Size], ZooConfig], Iterable[Tensor]] | None = None
     to_foreign: Callable[[list[Tensor], ZooConfig], Iterable[Tensor]] | None = None
     moved: bool = False
+    mixer: str = ""
     reason: str = ""
 
     def __post_init__(self):
@@ -99,6 +105,17 @@ def mapped(foreign: str, own: str, to_own: Callable[[Tensor], Tensor], to_foreig
 def transpose(foreign: str, own: str) -> Rule:
     """A matrix stored the other way round; a vector under the same rule stays as it is."""
     return mapped(foreign, own, lambda x: x.t().contiguous(), lambda x: x.t().contiguous())
+
+
+def squeezed(foreign: str, own: str, dims: tuple[int, ...]) -> Rule:
+    """Ours lacks these dimensions of the foreign tensor, of size one."""
+
+    def to_foreign(x: Tensor) -> Tensor:
+        for dim in dims:
+            x = x.unsqueeze(dim)
+        return x
+
+    return mapped(foreign, own, lambda x: x.squeeze(dims), to_foreign)
 
 
 def split(
@@ -134,6 +151,32 @@ def merge(foreign: list[str], own: str, dim: int = 0, sizes: Callable[[ZooConfig
         return [part.clone() for part in x[0].split(parts, dim)]
 
     return Rule(tuple(map(Pattern, foreign)), (Pattern(own),), lambda x, shapes, config: [torch.cat(x, dim)], to_foreign)
+
+
+def interleave(foreign: str, own: list[str], groups: Callable[[ZooConfig], int]) -> Rule:
+    """One foreign tensor is several of ours, `groups` times over: each group of its rows holds a share of every one in turn."""
+
+    def to_own(x: list[Tensor], shapes: list[Size], config: ZooConfig):
+        count = groups(config)
+        sizes = [shape[0] // count for shape in shapes]
+        if x[0].shape[0] != count * sum(sizes):
+            raise ValueError(f"it is {list(x[0].shape)}, but {count} groups of its parts have {sizes} rows each")
+        return [part.flatten(0, 1).clone() for part in x[0].unflatten(0, (count, -1)).split(sizes, 1)]
+
+    def to_foreign(x: list[Tensor], config: ZooConfig):
+        return [torch.cat([part.unflatten(0, (groups(config), -1)) for part in x], 1).flatten(0, 1)]
+
+    return Rule((Pattern(foreign),), tuple(map(Pattern, own)), to_own, to_foreign)
+
+
+def within(mixer: str, *rules: Rule) -> tuple[Rule, ...]:
+    """Rules for the layers with this mixer alone, in a model with several kinds."""
+    return tuple(replace(rule, mixer=mixer) for rule in rules)
+
+
+def squeeze(foreign: str, own: str) -> Rule:
+    """The weight of a depthwise convolution, `[D, 1, W]` there and `[D, W]` here; its bias under the same rule stays as it is."""
+    return mapped(foreign, own, lambda x: x.squeeze(1) if x.ndim == 3 else x, lambda x: x.unsqueeze(1) if x.ndim == 2 else x)
 
 
 def fresh(own: str) -> Rule:
@@ -178,20 +221,31 @@ class Layout:
 
     Args:
         name: what `save_pretrained(layout=...)` calls it.
-        model_types: of the foreign configs; the first is written when saving.
+        model_types: of the foreign configs; the first is written when saving. Empty for configs that name none.
         config_map: foreign config (with its defaults filled in where transformers knows it) -> fields of ours. It raises
             ValueError for what we cannot express.
         config_back: our config -> foreign fields; it need not check, what would be lost is found by mapping back.
-        rules: of the keys.
+        rules: of the keys, or a function of our config that makes them, where they differ from layer to layer.
         prefix: in front of the foreign keys of the body, where a model has a head.
+        matches: whether a foreign config is of this layout, where its model type does not tell; such a layout is asked first.
+        complete: foreign config -> the same with what it leaves out; None: as the class of transformers for its type says.
+        classes: prefix of the foreign model classes; "": that of transformers' config class.
+        aliases: (old, new) patterns of foreign keys; checkpoints with the old name are read as well.
+        file: what the weights are written to. Files of torch (.bin, .pth) repeat tied tensors, as their libraries load strictly;
+            a .pth stands alone: its foreign config is `{"tensors": {key: shape}}`.
     """
 
     name: str
     model_types: tuple[str, ...]
     config_map: Callable[[dict], dict]
     config_back: Callable[[ZooConfig], dict]
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...] | Callable[[ZooConfig], tuple[Rule, ...]]
     prefix: str = "model."
+    matches: Callable[[dict], bool] | None = None
+    complete: Callable[[dict], dict] | None = None
+    classes: str = ""
+    aliases: tuple[tuple[str, str], ...] = ()
+    file: str = "model.safetensors"
 
     def to_zoo(self, state: State, model, *, other_task: bool = False) -> tuple[State, Report]:
         """Our state dict from a foreign one.
@@ -205,7 +259,7 @@ class Layout:
         """
         plan = Plan(self, model)
         bare = not any(name.startswith(self.prefix) for name in state)
-        names = {self.prefix + name if bare else name: name for name in state}
+        names = {self.current(self.prefix + name if bare else name): name for name in state}
         report = plan.account(set(names), other_task)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         result = {}
@@ -231,13 +285,20 @@ class Layout:
                 report.transformed |= dict.fromkeys(own, foreign)
         return result, report
 
+    def current(self, name: str) -> str:
+        """Today's name of a foreign key."""
+        for old, new in self.aliases:
+            if (values := Pattern(old).match(name)) is not None:
+                return Pattern(new).name(values)
+        return name
+
     def to_foreign(self, state: State, model) -> State:
         """A foreign state dict from ours, `model.state_dict()` or one with the same keys; undoes `to_zoo`."""
         plan = Plan(self, model)
         own = set(plan.own_names.values())
         refuse("our state dict does not fit the model", own - set(state) - plan.tied_own, set(state) - own)
         result = {}
-        for job in plan.jobs:
+        for job in plan.jobs if self.file.endswith(".safetensors") else plan.jobs + plan.tied_jobs:
             tensors = [state[plan.own_names[name]] for name in job.own]
             for name, tensor in zip(job.foreign, job.rule.to_foreign(tensors, model.config), strict=True):
                 result[name.removeprefix(self.prefix) if plan.bare else name] = tensor
@@ -246,7 +307,10 @@ class Layout:
     def check_expressible(self, config: ZooConfig, foreign: dict) -> None:
         """Raise ValueError if `foreign` does not say all that `config` does. Fields of None are derived ones."""
         again = type(config)(**self.config_map(foreign))
+        layers, layers_again = ([layer.to_dict() for layer in each.layer_configs()] for each in (config, again))
         names = config.shared_fields().keys() | ({f.name for f in fields(config)} - {f.name for f in fields(ZooConfig)})
+        if layers == layers_again:  # two ways of saying the same plan
+            names = config.shared_fields().keys()
         lost = [n for n in sorted(names) if getattr(config, n) is not None and getattr(config, n) != getattr(again, n)]
         if lost:
             values = ", ".join(f"{n}={getattr(config, n)!r}" for n in lost)
@@ -259,7 +323,7 @@ class Plan:
     """The rules of a layout laid over the keys of one model, all as a model with a head has them.
 
     Attributes: jobs; fresh: keys with no counterpart; own_names: such a key -> the model's own; bare: the model has no head;
-    tied_own: the model's keys that repeat another; tied: their foreign keys.
+    tied_own: the model's keys that repeat another; tied_jobs, tied: their jobs and foreign keys.
     """
 
     def __init__(self, layout: Layout, model):
@@ -268,16 +332,19 @@ class Plan:
         self.body = body
         self.own_names = {body + name if self.bare else name: name for name in model.state_dict()}
         self.tied_own = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-        jobs, self.fresh, self.tied = {}, [], set()
+        self.mixers = [layer.name for layer in model.config.layer_configs()]
+        self.rules = layout.rules(model.config) if callable(layout.rules) else layout.rules
+        jobs, self.fresh, self.tied, self.tied_jobs = {}, [], set(), []
         for name in self.own_names:
             index, values = self._find(name)
-            rule = layout.rules[index]
+            rule = self.rules[index]
             if not rule.foreign:
                 self.fresh.append(name)
                 continue
             job = Job(rule, [p.name(values) for p in rule.foreign], [p.name(values) for p in rule.own])
             if self.own_names[name] in self.tied_own:
                 self.tied |= set(job.foreign)
+                self.tied_jobs.append(job)
             else:
                 jobs[index, values] = job
         self.jobs = list(jobs.values())
@@ -286,17 +353,26 @@ class Plan:
 
     def _find(self, name: str) -> tuple[int, tuple[int, ...]]:
         """The one rule for an own key."""
-        rules = enumerate(self.layout.rules)
-        found = [(i, values) for i, rule in rules for p in rule.own if (values := p.match(name)) is not None]
+        rules = enumerate(self.rules)
+        found = [(i, values) for i, rule in rules for p in rule.own if (values := p.match(name)) is not None and self._meant(rule, values)]
         if len(found) != 1:
-            known = [p.text for rule in self.layout.rules for p in rule.own]
+            known = [p.text for rule in self.rules for p in rule.own]
             what = "no rule" if not found else f"{len(found)} rules"
             raise ValueError(f"layout {self.layout.name!r} has {what} for our key {name}{nearest(name, known)}; it needs exactly one")
         return found[0]
 
+    def _meant(self, rule: Rule, values: tuple[int, ...]) -> bool:
+        """Whether a rule that fits the key is one for its layer."""
+        return not rule.mixer or rule.mixer == self.mixers[values[0]]
+
     @cached_property
     def drops(self) -> list[tuple[Pattern, str]]:
-        return [(p, rule.reason) for rule in self.layout.rules if not rule.own for p in rule.foreign]
+        return [(p, rule.reason) for rule in self.rules if not rule.own for p in rule.foreign]
+
+    def is_head(self, name: str) -> bool:
+        """Whether a foreign key lies outside the body."""
+        rules = (rule for rule in self.rules if rule.own and not rule.own[0].text.startswith(self.body))
+        return not name.startswith(self.layout.prefix) or any(p.match(name) is not None for rule in rules for p in rule.foreign)
 
     def account(self, given: set[str], other_task: bool) -> Report:
         """A report of what will be fresh and dropped, or a ValueError about what is missing and surplus."""
@@ -306,7 +382,7 @@ class Plan:
             reason = next((why for pattern, why in self.drops if pattern.match(name) is not None), None)
             if reason is None and name in self.tied:
                 reason = TIED
-            if reason is None and other_task and not name.startswith(self.layout.prefix):
+            if reason is None and other_task and self.is_head(name):
                 reason = OTHER_HEAD
             if reason is not None:
                 report.dropped[name] = reason
@@ -335,17 +411,16 @@ def layouts() -> dict[str, str]:
     return {layout.name: entry.name for entry in registry.ARCHITECTURES.values() for layout in entry.layouts}
 
 
-def find_layout(model_type: str | None) -> tuple[registry.Architecture, Layout]:
-    """The architecture and layout for a foreign model type, or an error that names the nearest."""
-    known = {}
-    for entry in registry.ARCHITECTURES.values():
-        for layout in entry.layouts:
-            known |= dict.fromkeys(layout.model_types, (entry, layout))
-    if model_type not in known:
-        raise ValueError(
-            f"no layout for checkpoints of model_type {model_type!r}{nearest(model_type, known)}; known: {', '.join(sorted(known))}"
-        )
-    return known[model_type]
+def find_layout(config: dict) -> tuple[registry.Architecture, Layout]:
+    """The architecture and layout for a foreign config, or an error that names the nearest."""
+    kind = config.get("model_type")
+    every = [(entry, layout) for entry in registry.ARCHITECTURES.values() for layout in entry.layouts]
+    for entry, layout in sorted(every, key=lambda pair: pair[1].matches is None):
+        named = kind in layout.model_types or (kind is None and not layout.model_types)
+        if named and (layout.matches is None or layout.matches(config)):
+            return entry, layout
+    known = sorted({kind for _, layout in every for kind in layout.model_types})
+    raise ValueError(f"no layout for checkpoints of model_type {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
 
 
 def get_layout(entry: registry.Architecture, name: str) -> Layout:

@@ -81,8 +81,9 @@ def register(
         raise ValueError(f"{config.__name__}: expected model_type 'zoo_{name}' and a class name ending in 'Config'")
     if "tiny" not in presets:
         raise ValueError(f"architecture {name!r} has no preset 'tiny'; the tests need one")
-    taken = {kind: layout.name for entry in ARCHITECTURES.values() for layout in entry.layouts for kind in layout.model_types}
-    if clash := [kind for layout in layouts for kind in layout.model_types if kind in taken]:
+    readers = [layout for entry in ARCHITECTURES.values() for layout in entry.layouts if layout.matches is None]
+    taken = {kind: layout.name for layout in readers for kind in layout.model_types}
+    if clash := [kind for layout in layouts if layout.matches is None for kind in layout.model_types if kind in taken]:
         raise ValueError(f"architecture {name!r}: model type {clash[0]!r} is read by the layout {taken[clash[0]]!r} already")
     config.name = name
     entry = Architecture(name, config, mixer, title, paper, presets, make_models(config), layouts)
