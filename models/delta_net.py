@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.kernels.checks import accumulator
 from zoo.kernels.delta_rule import flops
 from zoo.kernels.packing import Packing
 from zoo.layers import RMSNorm, ShortConv, merge_heads, split_heads, unit_length, wide
@@ -57,8 +58,7 @@ class DeltaNetMixer(Mixer):
         self.out_proj = nn.Linear(values, width, bias=False)
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        state = {"memory": torch.zeros(batch, self.heads, self.keys, self.values, dtype=wide, device=device)}
+        state = {"memory": torch.zeros(batch, self.heads, self.keys, self.values, dtype=accumulator(dtype), device=device)}
         return state if self.conv is None else state | {"conv": self.conv.initial_state(batch, dtype, device)}
 
     def operator_flops(self, length: int) -> int:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
 from zoo.layers import GatedNorm, LowRank, merge_heads, split_heads, wide
@@ -55,8 +56,7 @@ class GLAMixer(Mixer):
         self.out_proj = nn.Linear(values, width, bias=False)
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return {"memory": torch.zeros(batch, self.heads, self.keys, self.values, dtype=wide, device=device)}
+        return {"memory": torch.zeros(batch, self.heads, self.keys, self.values, dtype=accumulator(dtype), device=device)}
 
     def operator_flops(self, length: int) -> int:
         return flops(length, self.heads, self.keys, self.values)

@@ -22,6 +22,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
 from zoo.layers import RMSNorm, bounded_gates, merge_heads, split_heads
@@ -65,8 +66,7 @@ class HGRN2Mixer(Mixer):
             init.constant_(self.bound_logit, math.log(self.first_bound / (1 - self.first_bound)))
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return {"memory": torch.zeros(batch, self.heads, self.keys, self.keys, dtype=wide, device=device)}
+        return {"memory": torch.zeros(batch, self.heads, self.keys, self.keys, dtype=accumulator(dtype), device=device)}
 
     def operator_flops(self, length: int) -> int:
         return flops(length, self.heads, self.keys, self.keys)

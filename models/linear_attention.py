@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
 from zoo.layers import merge_heads, split_heads, wide
@@ -68,8 +69,7 @@ class LinearAttentionMixer(Mixer):
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         if not self.causal:
             return {}
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return {"memory": torch.zeros(batch, self.heads, self.keys, self.keys + self.normalize, dtype=wide, device=device)}
+        return {"memory": torch.zeros(batch, self.heads, self.keys, self.keys + self.normalize, dtype=accumulator(dtype), device=device)}
 
     def operator_flops(self, length: int) -> int:
         return flops(length, self.heads, self.keys, self.keys + self.normalize)

@@ -19,6 +19,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
 from zoo.layers import GatedNorm, ShortConv, merge_heads, split_heads, wide
@@ -86,8 +87,7 @@ class Mamba2Mixer(Mixer):
         init.ones_(self.D)
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        memory = torch.zeros(batch, self.heads, self.keys, self.values, dtype=wide, device=device)
+        memory = torch.zeros(batch, self.heads, self.keys, self.values, dtype=accumulator(dtype), device=device)
         return {"conv": self.conv.initial_state(batch, dtype, device), "memory": memory}
 
     def operator_flops(self, length: int) -> int:

@@ -22,6 +22,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
 from zoo.layers import BlockLinear, GatedNorm, ShortConv, exponential_gates, merge_heads, split_heads, wide
@@ -95,9 +96,8 @@ class MLSTMMixer(Mixer):
         init.ones_(self.skip)
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        memory = torch.zeros(batch, self.heads, self.keys, self.keys + 1, dtype=wide, device=device)
-        m = torch.zeros(batch, self.heads, dtype=wide, device=device)
+        memory = torch.zeros(batch, self.heads, self.keys, self.keys + 1, dtype=accumulator(dtype), device=device)
+        m = torch.zeros(batch, self.heads, dtype=accumulator(dtype), device=device)
         return {"conv": self.conv.initial_state(batch, dtype, device), "memory": memory, "m": m}
 
     def operator_flops(self, length: int) -> int:

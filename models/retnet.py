@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
 from zoo.layers import GatedNorm, merge_heads, rotary_table, rotate, split_heads, token_positions
@@ -70,8 +71,7 @@ class RetNetMixer(Mixer):
         self.out_proj = nn.Linear(self.heads * self.values, width, bias=False)
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        memory = torch.zeros(batch, self.heads, self.keys, self.values, dtype=wide, device=device)
+        memory = torch.zeros(batch, self.heads, self.keys, self.values, dtype=accumulator(dtype), device=device)
         return {"memory": memory, "length": torch.zeros(batch, dtype=torch.long, device=device)}
 
     def operator_flops(self, length: int) -> int:

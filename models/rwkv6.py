@@ -16,6 +16,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
 from zoo.layers import GatedNorm, LowRank, merge_heads, split_heads, token_shift, wide
@@ -89,8 +90,7 @@ class RWKV6Mixer(Mixer):
         init.copy_(self.bonus, (rise * (1 - ramp) + zigzag).view(self.heads, self.keys))
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        memory = torch.zeros(batch, self.heads, self.keys, self.keys, dtype=wide, device=device)
+        memory = torch.zeros(batch, self.heads, self.keys, self.keys, dtype=accumulator(dtype), device=device)
         return {"shift": torch.zeros(batch, 1, self.width, dtype=dtype, device=device), "memory": memory}
 
     def operator_flops(self, length: int) -> int:

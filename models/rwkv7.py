@@ -21,6 +21,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
 from zoo.layers import GatedNorm, LowRank, merge_heads, orthogonal, split_heads, token_shift, unit_length, wide
 from zoo.mixer import Mixer, State, Traits
@@ -106,9 +107,8 @@ class RWKV7Mixer(Mixer):
             init.copy_(self.residual_proj.up.bias, 0.73 - 0.4 * line)
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
         return {
-            "memory": torch.zeros(batch, self.heads, self.keys, self.keys, dtype=wide, device=device),
+            "memory": torch.zeros(batch, self.heads, self.keys, self.keys, dtype=accumulator(dtype), device=device),
             "shift": torch.zeros(batch, 1, self.width, dtype=dtype, device=device),
         }
 
