@@ -7,21 +7,19 @@ Ainslie et al. 2023, arXiv:2305.13245; the block Touvron et al. 2023, arXiv:2302
 arXiv:2310.06825; sinks after StreamingLLM, arXiv:2309.17453, at their own positions.
 """
 
-from dataclasses import replace
 from functools import partial
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
-from zoo import ops
+from zoo.attending import AttentionMixer
 from zoo.config import ZooConfig
-from zoo.kernels.attention import cache, flops
 from zoo.kernels.packing import Packing
 from zoo.layers import RMSNorm, check_rope_scaling, merge_heads, rotary_table, rotate, split_heads, token_positions
 from zoo.layout import Layout, drop, rename, split
-from zoo.mixer import Mixer, State, Traits
+from zoo.mixer import State
 from zoo.registry import register
+from zoo.terms import SAME
 
 
 @strict
@@ -59,24 +57,17 @@ class TransformerConfig(ZooConfig):
         check_rope_scaling(self.rope_scaling)
 
 
-class TransformerMixer(Mixer):
-    """Softmax attention.
+class TransformerMixer(AttentionMixer):
+    """Softmax attention; the state is that of `AttentionMixer`."""
 
-    State: `k` and `v` `[B, L, G, K]`, `length` `[B]`, and without a window `bound` `[B, T, 0]`, whose shape alone says how
-    many tokens there may be. L grows in steps with the sequence; with a window it is fixed. A bidirectional layer sees its
-    whole sequence at once and has no state.
-    """
-
-    traits = Traits(bidirectional=True, constant_state=False)
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     def __init__(self, config: TransformerConfig, layer: int):
-        super().__init__(config, layer)
-        if config.window is not None or not config.causal:
-            self.traits = replace(self.traits, constant_state=True)
-        self.causal, self.window, self.sinks, self.softcap = config.causal, config.window, config.sinks, config.softcap
-        self.heads, self.groups = config.num_heads, config.num_kv_heads or config.num_heads
-        self.keys = config.head_dim or config.divide("hidden_size", "num_heads")
+        super().__init__(
+            config, layer, heads=config.num_heads, groups=config.num_kv_heads or config.num_heads,
+            keys=config.head_dim or config.divide("hidden_size", "num_heads"), window=config.window, sinks=config.sinks,
+            softcap=config.softcap,
+        )  # fmt: skip
         self.rope = None if config.rope_theta is None else (config.rope_theta, config.rope_scaling)
         self.turning = int(self.keys * config.rope_fraction) // 2 * 2
         width = config.hidden_size
@@ -86,19 +77,6 @@ class TransformerMixer(Mixer):
         self.out_proj = nn.Linear(self.heads * self.keys, width, bias=config.out_bias)
         self.q_norm = RMSNorm(self.keys, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.keys, config.norm_eps) if config.qk_norm else nn.Identity()
-
-    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        if not self.causal:
-            return {}
-        slots = cache.capacity(length) if self.window is None else self.window + self.sinks
-        k, v = (torch.zeros(batch, slots, self.groups, self.keys, dtype=dtype, device=device) for _ in range(2))
-        state = {"k": k, "v": v, "length": torch.zeros(batch, dtype=torch.long, device=device)}
-        return state if self.window is not None else state | {"bound": k.new_empty(batch, 0, 0)}
-
-    def operator_flops(self, length: int) -> int:
-        seen = min(length, length if self.window is None else self.window + self.sinks)
-        pairs = seen * (seen + 1) // 2 + (length - seen) * seen if self.causal else length * length
-        return flops(pairs, self.heads, self.keys, self.keys)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
         positions = token_positions(x, state["length"] if state else None, packing)
@@ -111,31 +89,7 @@ class TransformerMixer(Mixer):
         o, state = self.attend(q, k, v, positions, state, packing)
         return self.out_proj(merge_heads(o)), state
 
-    def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: State | None, packing: Packing | None
-    ) -> tuple[Tensor, State]:
-        """Attention of these queries to the cached and the new keys, and the cache after."""
-        rule = {"causal": self.causal, "window": self.window, "sinks": self.sinks, "softcap": self.softcap}
-        if not self.causal:
-            return ops.attention(q, k, v, **rule, packing=packing)[0], {}
-        if self.window is None:
-            after = cache.append(state, k, v, packing=packing)
-            keys, values, kv_positions = after["k"], after["v"], cache.positions(after)
-        else:
-            keys, values, kv_positions, after = cache.ring_append(state, k, v, self.window, self.sinks, packing=packing)
-        if state is None:
-            return ops.attention(q, k, v, **rule, packing=packing)[0], after
-        if packing is not None:
-            q, positions = packing.pad(q), packing.pad(positions, -1)
-        o, _ = ops.attention(q, keys, values, **rule, q_positions=positions, kv_positions=kv_positions)
-        return o if packing is None else packing.unpad(o), after
 
-
-# What the configs of Llama and its kin call the fields of ours that mean the same.
-SAME = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "initializer_range", "tie_word_embeddings",
-    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
-)  # fmt: skip
 RENAMED = {"norm_eps": "rms_norm_eps", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
 ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 

@@ -112,13 +112,13 @@ class MixtureOfExperts(ChannelMixer):
     """Each token goes to its `top_k` of `experts` gated MLPs, weighted by the router; a shared expert sees all tokens.
 
     Switch and Mixtral routing (arXiv:2101.03961, eq. 1-2; arXiv:2401.04088, section 2.1), shared expert of DeepSeekMoE
-    (arXiv:2401.06066, eq. 9). `normalize`: the chosen weights sum to one.
+    (arXiv:2401.06066, eq. 9), which `shared_gate` weighs by a sigmoid, as in Qwen2-MoE. `normalize`: the chosen weights sum to one.
     """
 
     lora_targets = ("gate_proj", "up_proj", "down_proj")
 
     def __init__(self, config: ZooConfig, *, experts: int = 8, top_k: int = 2, expert_size: int | None = None,
-                 shared_size: int | None = None, normalize: bool = True, act: str = "silu"):  # fmt: skip
+                 shared_size: int | None = None, shared_gate: bool = False, normalize: bool = True, act: str = "silu"):  # fmt: skip
         super().__init__()
         if not 1 <= top_k <= experts:
             raise ValueError(f"moe: top_k={top_k} must lie between 1 and experts={experts}")
@@ -126,6 +126,7 @@ class MixtureOfExperts(ChannelMixer):
         self.router = nn.Linear(config.hidden_size, experts, bias=False)
         self.experts = nn.ModuleList(GatedMLP(config, act=act, intermediate_size=expert_size) for _ in range(experts))
         self.shared = GatedMLP(config, act=act, intermediate_size=shared_size) if shared_size else None
+        self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if shared_size and shared_gate else None
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
         tokens = x.flatten(0, -2)
@@ -133,6 +134,8 @@ class MixtureOfExperts(ChannelMixer):
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         y = torch.zeros_like(tokens) if self.shared is None else self.shared(tokens)[0]
+        if self.shared_gate is not None:
+            y = torch.sigmoid(self.shared_gate(tokens)) * y
         for index, expert in enumerate(self.experts):
             row, rank = (chosen == index).nonzero(as_tuple=True)
             out, _ = expert(tokens[row])

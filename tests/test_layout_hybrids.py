@@ -1,0 +1,137 @@
+"""Hybrids of transformers: parity with its models, bits kept both ways, every key accounted for."""
+
+import json
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+import zoo
+from zoo import registry
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+BOTH = {"layer_types": ["linear_attention", "full_attention"]}
+QWEN = BOTH | {
+    "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+CASES = {
+    "qwen3_next": ("qwen3_next", QWEN),
+    "qwen3_next-dense-biased": (
+        "qwen3_next",
+        QWEN | {"mlp_only_layers": [1], "attention_bias": True, "linear_value_head_dim": 12, "tie_word_embeddings": True},
+    ),
+    "qwen3_next-odd": (
+        "qwen3_next",
+        QWEN
+        | {"num_experts": 3, "norm_topk_prob": False, "linear_num_key_heads": 3, "linear_num_value_heads": 3}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+    ),
+}
+# what does not change what a model computes, or is said by another field
+FORGOTTEN = {
+    "max_position_embeddings", "_name_or_path", "attention_dropout", "router_aux_loss_coef", "decoder_sparse_step",
+    "output_router_logits",
+}  # fmt: skip
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def foreign_model(case: str):
+    """A tiny model of transformers with no parameter at a special value."""
+    kind, fields = CASES[case]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES | fields)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """case -> (model of transformers, ours, folder it saved itself to)."""
+    cache = {}
+
+    def get(case: str):
+        if case not in cache:
+            theirs, folder = foreign_model(case), tmp_path_factory.mktemp(case)
+            theirs.save_pretrained(folder)
+            cache[case] = theirs, zoo.from_pretrained(folder), folder
+        return cache[case]
+
+    return get
+
+
+def token_ids(*shape: int) -> torch.Tensor:
+    return torch.randint(3, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+
+
+def assert_parity(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Within 1e-5 of the largest logit; their recurrences compute in float32 whatever the dtype, so there is nothing more exact."""
+    assert ours.shape == theirs.shape and torch.isfinite(ours).all()
+    error, scale = (ours - theirs).abs().max().item(), max(1.0, theirs.abs().max().item())
+    assert error <= 1e-5 * scale, f"logits differ by {error:.3g} at a scale of {scale:.3g}"
+
+
+@every_case
+@torch.no_grad()
+def test_logits_equal_those_of_transformers(saved, case):
+    theirs, ours, _ = saved(case)
+    for shape in ((2, 23), (1, 1), (1, 70)):
+        ids = token_ids(*shape)
+        assert_parity(ours(ids).logits, theirs(ids, use_cache=False).logits)
+
+
+@every_case
+@torch.no_grad()
+def test_left_padding_and_greedy_continuation_equal_those_of_transformers(saved, case):
+    theirs, ours, _ = saved(case)
+    ids = token_ids(2, 11)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    given = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
+    alone = theirs(ids[:1, 4:], use_cache=False).logits[0]
+    assert_parity(ours(**given).logits[0, 4:], alone)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    assert torch.equal(ours.generate(ids, **options), theirs.generate(ids, **options))
+
+
+@every_case
+def test_written_back_it_is_what_it_was(saved, case, tmp_path):
+    theirs, ours, folder = saved(case)
+    ours.save_pretrained(tmp_path, layout=CASES[case][0])
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    before, after = theirs.state_dict(), again.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    old, new = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path))
+    assert not {n: (v, new.get(n)) for n, v in old.items() if n not in FORGOTTEN and new.get(n) != v}
+
+
+@every_case
+def test_every_key_has_a_counterpart(saved, case):
+    _, ours, folder = saved(case)
+    _, report = zoo.from_pretrained(folder, output_loading_info=True)
+    tied = {"lm_head.weight"} if ours.config.tie_word_embeddings else set()
+    assert set(report.taken.values()) | set(report.transformed) == set(ours.state_dict()) - tied
+    assert not (report.fresh or report.dropped)
+    layout = next(layout for layout in registry.get(ours.config.name).layouts if layout.name == CASES[case][0])
+    there, _ = layout.to_zoo(layout.to_foreign(ours.state_dict(), ours), ours)
+    assert all(torch.equal(there[name], tensor) for name, tensor in ours.state_dict().items() if name not in tied)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name == CASES[name][0]])
+def test_half_precision_stays_half(saved, case, tmp_path):
+    theirs, _, _ = saved(case)
+    ids = token_ids(1, 9)
+    half = foreign_model(case).bfloat16()
+    half.save_pretrained(tmp_path / "half")
+    ours = zoo.from_pretrained(tmp_path / "half")
+    assert ours.dtype == torch.bfloat16
+    assert torch.isfinite(ours(ids).logits).all()
+    ours.save_pretrained(tmp_path / "back", layout=CASES[case][0])
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert again.dtype == torch.bfloat16 and all(torch.equal(x, half.state_dict()[n]) for n, x in again.state_dict().items())

@@ -1,0 +1,67 @@
+"""What mixers with softmax attention share: the cache of keys and values, and who sees whom."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from zoo import ops
+from zoo.config import ZooConfig
+from zoo.kernels.attention import cache, flops
+from zoo.kernels.packing import Packing
+from zoo.mixer import Mixer, State, Traits
+
+
+class AttentionMixer(Mixer):
+    """Softmax attention of H query heads to G sets of keys; the projections are a subclass's.
+
+    State: `k` `[B, L, G, K]`, `v` `[B, L, G, V]`, `length` `[B]`, and without a window `bound` `[B, T, 0]`, whose shape alone
+    says how many tokens there may be. L grows in steps with the sequence; with a window it is fixed. A bidirectional layer
+    sees its whole sequence at once and has no state.
+
+    Args: heads: H; groups: G; keys: K; values: V, None is K; the rest as `ops.attention` has them.
+    """
+
+    traits = Traits(bidirectional=True, constant_state=False)
+
+    def __init__(
+        self, config: ZooConfig, layer: int, *, heads: int, groups: int, keys: int, values: int | None = None,
+        window: int | None = None, sinks: int = 0, softcap: float | None = None,
+    ):  # fmt: skip
+        super().__init__(config, layer)
+        if window is not None or not config.causal:
+            self.traits = replace(self.traits, constant_state=True)
+        self.heads, self.groups, self.keys, self.values = heads, groups, keys, values or keys
+        self.causal, self.window, self.sinks, self.softcap = config.causal, window, sinks, softcap
+
+    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
+        if not self.causal:
+            return {}
+        slots = cache.capacity(length) if self.window is None else self.window + self.sinks
+        k, v = (torch.zeros(batch, slots, self.groups, width, dtype=dtype, device=device) for width in (self.keys, self.values))
+        state = {"k": k, "v": v, "length": torch.zeros(batch, dtype=torch.long, device=device)}
+        return state if self.window is not None else state | {"bound": k.new_empty(batch, 0, 0)}
+
+    def operator_flops(self, length: int) -> int:
+        seen = min(length, length if self.window is None else self.window + self.sinks)
+        pairs = seen * (seen + 1) // 2 + (length - seen) * seen if self.causal else length * length
+        return flops(pairs, self.heads, self.keys, self.values)
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: State | None, packing: Packing | None
+    ) -> tuple[Tensor, State]:
+        """Attention of these queries to the cached and the new keys, and the cache after."""
+        rule = {"causal": self.causal, "window": self.window, "sinks": self.sinks, "softcap": self.softcap}
+        if not self.causal:
+            return ops.attention(q, k, v, **rule, packing=packing)[0], {}
+        if self.window is None:
+            after = cache.append(state, k, v, packing=packing)
+            keys, values, kv_positions = after["k"], after["v"], cache.positions(after)
+        else:
+            keys, values, kv_positions, after = cache.ring_append(state, k, v, self.window, self.sinks, packing=packing)
+        if state is None:
+            return ops.attention(q, k, v, **rule, packing=packing)[0], after
+        if packing is not None:
+            q, positions = packing.pad(q), packing.pad(positions, -1)
+        o, _ = ops.attention(q, keys, values, **rule, q_positions=positions, kv_positions=kv_positions)
+        return o if packing is None else packing.unpad(o), after

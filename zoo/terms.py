@@ -1,0 +1,50 @@
+"""What transformers' configs call the fields of ours that mean the same, for the layouts of several families."""
+
+from zoo.config import ZooConfig
+from zoo.layers import check_rope_scaling
+from zoo.layout import Rule, rename
+
+SAME = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "initializer_range", "tie_word_embeddings",
+    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
+)  # fmt: skip
+
+SHELL: tuple[Rule, ...] = (
+    rename("model.embed_tokens.weight", "model.embed_tokens.weight"),
+    rename("model.norm.weight", "model.norm.weight"),
+    rename("lm_head.weight", "lm_head.weight"),
+    rename("score.{weight,bias}", "score.{weight,bias}"),
+)  # of the keys around the layers
+
+
+def same_fields(source: dict | ZooConfig) -> dict:
+    """The fields both sides call alike, of a foreign config or of ours."""
+    return {name: source[name] if isinstance(source, dict) else getattr(source, name) for name in SAME}
+
+
+def expect(foreign: dict, **values) -> None:
+    """Raise ValueError unless the foreign config has these values, the only ones we can express."""
+    for name, value in values.items():
+        if foreign.get(name, value) != value:
+            raise ValueError(f"a {foreign['model_type']} with {name}={foreign[name]!r} is not supported, only {name}={value!r}")
+
+
+def rope_fields(foreign: dict) -> dict:
+    """Our fields `rope_theta`, `rope_fraction` and `rope_scaling` for `rope_parameters`; theta is None where there are none."""
+    rope = dict(foreign.get("rope_parameters") or {})
+    theta, fraction = rope.pop("rope_theta", None), rope.pop("partial_rotary_factor", 1.0)
+    kind = rope.get("rope_type", "default")
+    scaling = None if kind == "default" else {name: value for name, value in rope.items() if name != "type"}
+    check_rope_scaling(scaling)
+    return {"rope_theta": None if theta is None else float(theta), "rope_fraction": float(fraction), "rope_scaling": scaling}
+
+
+def rope_parameters(fields: dict) -> dict:
+    """The inverse of `rope_fields`."""
+    rope = {"rope_type": "default"} | (fields["rope_scaling"] or {}) | {"rope_theta": fields["rope_theta"]}
+    return rope if fields["rope_fraction"] == 1.0 else rope | {"partial_rotary_factor": fields["rope_fraction"]}
+
+
+def layers_of(kinds: list[str], kind: str) -> list[int]:
+    """The places of one kind of layer."""
+    return [index for index, other in enumerate(kinds) if other == kind]
