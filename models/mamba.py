@@ -6,10 +6,12 @@
 x passes a short convolution and SiLU before; y is gated by SiLU of the other half of the input projection (figure 3). The
 block has no channel mixer.
 
-Paper: Gu, Dao 2023, arXiv:2312.00752: Algorithm 2, figure 3, initialisation in section 3.6.
+Paper: Gu, Dao 2023, arXiv:2312.00752: Algorithm 2, figure 3, initialisation in section 3.6. Falcon Mamba
+(arXiv:2410.05355) and Jamba (arXiv:2403.19887) normalise r, B and C before use.
 """
 
 import math
+from functools import partial
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -22,9 +24,11 @@ from zoo.config import ZooConfig
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
 from zoo.kernels.scan.selective import selective_flops
-from zoo.layers import ShortConv, wide
+from zoo.layers import GatedNorm, ShortConv, wide
+from zoo.layout import Layout, rename, squeeze
 from zoo.mixer import Mixer, State
 from zoo.registry import register
+from zoo.terms import COMMON
 
 
 @strict
@@ -38,7 +42,17 @@ class MambaConfig(ZooConfig):
     expand: float = 2.0  # inner width = D * expand
     conv_kernel: int = 4  # W
     conv_bias: bool = True
+    bias: bool = False  # biases of the input and output projections
     step_rank: int | None = None  # rank of the step size's projection; None: D / 16, rounded up
+    bias: bool = False  # of the input and output projections
+    inner_norms: bool = False  # RMSNorms of step size, B and C, as in Jamba (arXiv:2403.19887)
+    inner_norm: str | None = None  # RMS norms of r, B and C: "plain" (no weights, Falcon Mamba), "weighted" (Jamba), or None
+    inner_norm_eps: float = 1e-6
+
+    def validate_inner_norm(self):
+        """The norm must be one of those the mixer has."""
+        if self.inner_norm not in (None, "plain", "weighted"):
+            raise ValueError(f"MambaConfig: inner_norm {self.inner_norm!r} is unknown; choose 'plain', 'weighted' or None")
 
 
 class MambaMixer(Mixer):
@@ -50,13 +64,17 @@ class MambaMixer(Mixer):
         super().__init__(config, layer)
         width, self.states = config.hidden_size, config.state_size
         self.inner, self.rank = int(width * config.expand), config.step_rank or -(-width // 16)
-        self.in_proj = nn.Linear(width, 2 * self.inner, bias=False)
+        self.in_proj = nn.Linear(width, 2 * self.inner, bias=config.bias)
         self.conv = ShortConv(self.inner, config.conv_kernel, bias=config.conv_bias)
         self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.states, bias=False)
         self.dt_proj = nn.Linear(self.rank, self.inner)
         self.A_log = nn.Parameter(torch.empty(self.inner, self.states))
         self.D = nn.Parameter(torch.empty(self.inner))
-        self.out_proj = nn.Linear(self.inner, width, bias=False)
+        self.out_proj = nn.Linear(self.inner, width, bias=config.bias)
+        self.r_norm, self.B_norm, self.C_norm = (
+            GatedNorm(size, eps=config.inner_norm_eps, elementwise=config.inner_norm == "weighted") if config.inner_norm else nn.Identity()
+            for size in (self.rank, self.states, self.states)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -81,10 +99,49 @@ class MambaMixer(Mixer):
         x, gate = self.in_proj(x).chunk(2, dim=-1)
         x, conv = self.conv(x, state.get("conv"), packing)
         rank, B, C = self.x_proj(x).split([self.rank, self.states, self.states], dim=-1)
+        rank, B, C = self.r_norm(rank), self.B_norm(B), self.C_norm(C)
+        rank, B, C = self.step_norm(rank), self.B_norm(B), self.C_norm(C)
         dt = F.softplus(wide(self.dt_proj(rank)))
         A = -wide(self.A_log).exp()
         y, memory = ops.selective_scan(wide(x), dt, A, wide(B), wide(C), D=wide(self.D), state=state.get("memory"), packing=packing)
         return self.out_proj(y.to(x.dtype) * F.silu(gate)), {"memory": memory, "conv": conv}
+
+
+def from_mamba(foreign: dict) -> dict:
+    """Fields of a MambaConfig for a config of Mamba or Falcon Mamba. Fields about the first time steps are not needed."""
+    if foreign["hidden_act"] not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {foreign['hidden_act']!r} is not supported; Mamba's is 'silu'")
+    fields = {name: foreign[name] for name in COMMON} | {own: foreign[name] for own, name in RENAMED.items()}
+    fields |= {"expand": float(foreign["expand"])}
+    if foreign["model_type"] == "falcon_mamba":
+        fields |= {"inner_norm": "plain", "inner_norm_eps": foreign["mixer_rms_eps"]}
+    return fields
+
+
+def to_mamba(config: MambaConfig, kind: str) -> dict:
+    """The inverse, for a model type. What it cannot say is left out, and noticed by mapping back."""
+    fields = {name: getattr(config, name) for name in COMMON} | {name: getattr(config, own) for own, name in RENAMED.items()}
+    fields |= {"expand": int(config.expand), "time_step_rank": config.step_rank or -(-config.hidden_size // 16)}
+    return fields if kind == "mamba" else fields | {"mixer_rms_eps": config.inner_norm_eps}
+
+
+RENAMED = {
+    "norm_eps": "layer_norm_epsilon", "state_size": "state_size", "conv_kernel": "conv_kernel", "conv_bias": "use_conv_bias",
+    "bias": "use_bias", "step_rank": "time_step_rank",
+}  # fmt: skip
+RULES = (
+    rename("backbone.embeddings.weight", "model.embed_tokens.weight"),
+    rename("backbone.layers.{}.norm.weight", "model.layers.{}.mixer_norm.weight"),
+    rename("backbone.layers.{}.mixer.{in,x,dt,out}_proj.{weight,bias}", "model.layers.{}.mixer.{in,x,dt,out}_proj.{weight,bias}"),
+    rename("backbone.layers.{}.mixer.{A_log,D}", "model.layers.{}.mixer.{A_log,D}"),
+    squeeze("backbone.layers.{}.mixer.conv1d.{weight,bias}", "model.layers.{}.mixer.conv.{weight,bias}"),
+    rename("backbone.norm_f.weight", "model.norm.weight"),
+    rename("lm_head.weight", "lm_head.weight"),
+    rename("score.{weight,bias}", "score.{weight,bias}"),
+)
+LAYOUTS = tuple(
+    Layout(kind, (kind,), from_mamba, partial(to_mamba, kind=kind), RULES, prefix="backbone.") for kind in ("mamba", "falcon_mamba")
+)
 
 
 register(
@@ -101,4 +158,5 @@ register(
         "1.4b": dict(hidden_size=2048, num_hidden_layers=48, vocab_size=50280, tie_word_embeddings=True),
         "2.8b": dict(hidden_size=2560, num_hidden_layers=64, vocab_size=50280, tie_word_embeddings=True),
     },
+    layouts=LAYOUTS,
 )

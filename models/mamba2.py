@@ -23,8 +23,10 @@ from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
 from zoo.layers import GatedNorm, ShortConv, merge_heads, split_heads, wide
+from zoo.layout import Layout, rename, squeeze
 from zoo.mixer import Mixer, State
 from zoo.registry import register
+from zoo.terms import COMMON
 
 
 @strict
@@ -108,6 +110,47 @@ class Mamba2Mixer(Mixer):
         return self.out_proj(self.norm(y, z)), {"conv": conv, "memory": memory}
 
 
+RENAMED = {
+    "norm_eps": "layer_norm_epsilon", "head_dim": "head_dim", "state_size": "state_size", "num_groups": "n_groups",
+    "conv_kernel": "conv_kernel", "conv_bias": "use_conv_bias", "bias": "use_bias", "dt_min": "time_step_min", "dt_max": "time_step_max",
+}  # fmt: skip
+
+
+def from_mamba2(foreign: dict) -> dict:
+    """Fields of a Mamba2Config for one of transformers, whose output norm has one group whatever `n_groups` is."""
+    if foreign["hidden_act"] not in ("silu", "swish"):
+        raise ValueError(f"hidden_act {foreign['hidden_act']!r} is not supported; Mamba-2's is 'silu'")
+    if tuple(map(float, foreign["time_step_limit"])) != (0.0, math.inf):
+        raise ValueError(f"time_step_limit {foreign['time_step_limit']} is not supported, only none, which is (0.0, inf)")
+    fields = {name: foreign[name] for name in COMMON} | {own: foreign[name] for own, name in RENAMED.items()}
+    return fields | {"expand": float(foreign["expand"]), "norm_groups": 1}
+
+
+def to_mamba2(config: Mamba2Config) -> dict:
+    """The inverse. What it cannot say is left out, and noticed by mapping back."""
+    if config.norm_groups is None and config.num_groups > 1:
+        raise ValueError(
+            f"mamba2's output norm has one group, this one num_groups={config.num_groups}; only norm_groups=1 can be expressed"
+        )
+    fields = {name: getattr(config, name) for name in COMMON} | {name: getattr(config, own) for own, name in RENAMED.items()}
+    inner = int(config.hidden_size * config.expand)
+    return fields | {"expand": int(config.expand), "num_heads": inner // config.head_dim, "time_step_rank": -(-config.hidden_size // 16)}
+
+
+MAMBA2 = Layout(
+    "mamba2", ("mamba2",), from_mamba2, to_mamba2, prefix="backbone.",
+    rules=(
+        rename("backbone.embeddings.weight", "model.embed_tokens.weight"),
+        rename("backbone.layers.{}.norm.weight", "model.layers.{}.mixer_norm.weight"),
+        rename("backbone.layers.{}.mixer.{in,out}_proj.{weight,bias}", "model.layers.{}.mixer.{in,out}_proj.{weight,bias}"),
+        rename("backbone.layers.{}.mixer.{A_log,D,dt_bias,norm.weight}", "model.layers.{}.mixer.{A_log,D,dt_bias,norm.weight}"),
+        squeeze("backbone.layers.{}.mixer.conv1d.{weight,bias}", "model.layers.{}.mixer.conv.{weight,bias}"),
+        rename("backbone.norm_f.weight", "model.norm.weight"),
+        rename("lm_head.weight", "lm_head.weight"),
+        rename("score.{weight,bias}", "score.{weight,bias}"),
+    ),
+)  # fmt: skip
+
 _PUBLISHED = dict(vocab_size=50288, tie_word_embeddings=True)
 
 register(
@@ -124,4 +167,5 @@ register(
         "1.3b": dict(hidden_size=2048, num_hidden_layers=48, **_PUBLISHED),
         "2.7b": dict(hidden_size=2560, num_hidden_layers=64, **_PUBLISHED),
     },
+    layouts=(MAMBA2,),
 )

@@ -22,8 +22,10 @@ from zoo.config import ZooConfig
 from zoo.kernels.packing import Packing
 from zoo.kernels.scan import flops
 from zoo.layers import orthogonal, token_positions, token_shift, wide
+from zoo.layout import Layout, mapped, rename
 from zoo.mixer import Mixer, State
 from zoo.registry import register
+from zoo.terms import COMMON
 
 NOTHING = -1e38  # the maximum of no keys: finite, so that differences are, and below any key
 
@@ -125,6 +127,50 @@ class RWKV4Mixer(Mixer):
         return torch.maximum(score, start) - age
 
 
+def from_rwkv(foreign: dict) -> dict:
+    """Fields of an RWKV4Config for a config of transformers. `rescale_every` guards float16 against overflow and is not needed."""
+    if foreign["attention_hidden_size"] != foreign["hidden_size"]:
+        raise ValueError(
+            f"attention_hidden_size={foreign['attention_hidden_size']} other than hidden_size={foreign['hidden_size']} is not supported"
+        )
+    if foreign["layer_norm_epsilon"] != 1e-5:
+        raise ValueError(f"layer_norm_epsilon={foreign['layer_norm_epsilon']} is not supported: the last norm of an rwkv has 1e-05 always")
+    fields = {name: foreign[name] for name in COMMON if name in foreign}
+    return fields | {"intermediate_size": foreign["intermediate_size"], "norm_eps": foreign["layer_norm_epsilon"]}
+
+
+def to_rwkv(config: RWKV4Config) -> dict:
+    """The inverse. What it cannot say is left out, and noticed by mapping back."""
+    fields = {name: getattr(config, name) for name in COMMON}
+    inner = config.intermediate_size or 4 * config.hidden_size
+    return fields | {"attention_hidden_size": config.hidden_size, "intermediate_size": inner, "layer_norm_epsilon": config.norm_eps}
+
+
+RWKV = Layout(
+    "rwkv", ("rwkv",), from_rwkv, to_rwkv, prefix="rwkv.",
+    rules=(
+        rename("rwkv.embeddings.weight", "model.embed_tokens.weight"),
+        rename("rwkv.blocks.0.pre_ln.{weight,bias}", "model.embed_norm.{weight,bias}"),
+        rename("rwkv.blocks.{}.ln{1,2}.{weight,bias}", "model.layers.{}.{mixer,channel}_norm.{weight,bias}"),
+        rename("rwkv.blocks.{}.attention.time_{decay,first}", "model.layers.{}.mixer.{decay,bonus}"),
+        mapped(
+            "rwkv.blocks.{}.attention.time_mix_{key,value,receptance}", "model.layers.{}.mixer.{key,value,receptance}_mix",
+            lambda x: x.flatten(), lambda x: x[None, None],
+        ),
+        mapped(
+            "rwkv.blocks.{}.feed_forward.time_mix_{key,receptance}", "model.layers.{}.channel_mixer.{key,receptance}_mix",
+            lambda x: x.flatten(), lambda x: x[None, None],
+        ),
+        rename(
+            "rwkv.blocks.{}.attention.{key,value,receptance,output}.weight", "model.layers.{}.mixer.{key,value,receptance,output}.weight"
+        ),
+        rename("rwkv.blocks.{}.feed_forward.{key,value,receptance}.weight", "model.layers.{}.channel_mixer.{key,value,receptance}.weight"),
+        rename("rwkv.ln_out.{weight,bias}", "model.norm.{weight,bias}"),
+        rename("head.weight", "lm_head.weight"),
+        rename("score.{weight,bias}", "score.{weight,bias}"),
+    ),
+)  # fmt: skip
+
 register(
     "rwkv4",
     config=RWKV4Config,
@@ -140,4 +186,5 @@ register(
         "7b": dict(hidden_size=4096, num_hidden_layers=32),
         "14b": dict(hidden_size=5120, num_hidden_layers=40),
     },
+    layouts=(RWKV,),
 )

@@ -25,10 +25,6 @@ State = dict[str, Tensor]
 SHOWN = 4  # keys named in one message
 TIED = "tied to the embedding"
 OTHER_HEAD = "head of another task"
-COMMON = (  # fields that ours and most foreign configs have under the same name
-    "vocab_size", "hidden_size", "num_hidden_layers", "initializer_range", "tie_word_embeddings", "use_cache", "pad_token_id",
-    "bos_token_id", "eos_token_id",
-)  # fmt: skip
 
 
 class Pattern:
@@ -107,37 +103,23 @@ def transpose(foreign: str, own: str) -> Rule:
     return mapped(foreign, own, lambda x: x.t().contiguous(), lambda x: x.t().contiguous())
 
 
-def squeezed(foreign: str, own: str, dims: tuple[int, ...]) -> Rule:
-    """Ours lacks these dimensions of the foreign tensor, of size one."""
-
-    def to_foreign(x: Tensor) -> Tensor:
-        for dim in dims:
-            x = x.unsqueeze(dim)
-        return x
-
-    return mapped(foreign, own, lambda x: x.squeeze(dims), to_foreign)
-
-
-def split(
-    foreign: str, own: list[str], dim: int = 0, arrange: Callable[[Tensor, ZooConfig], Tensor] | None = None,
-    disarrange: Callable[[Tensor, ZooConfig], Tensor] | None = None,
-) -> Rule:  # fmt: skip
+def split(foreign: str, own: list[str], dim: int = 0, transposed: bool = False) -> Rule:
     """One foreign tensor is several of ours, laid end to end along `dim`; their sizes are the model's.
 
-    `arrange`: what to do with the foreign tensor before it can be cut; `disarrange` undoes it after the parts are joined.
+    `transposed`: it is a matrix stored the other way round, as under `transpose`; `dim` is that of ours.
     """
 
     def to_own(x: list[Tensor], shapes: list[Size], config: ZooConfig):
-        whole = x[0] if arrange is None else arrange(x[0], config)
+        whole = x[0].t() if transposed else x[0]
         sizes = [shape[dim] for shape in shapes]
         if whole.shape[dim] != sum(sizes):
-            raise ValueError(f"it is {list(whole.shape)}, but its parts have {sizes} along dimension {dim}")
+            raise ValueError(f"it is {list(x[0].shape)}, but its parts have {sizes} along dimension {dim}")
         # parameters and files want memory of their own
         return [part.clone(memory_format=torch.contiguous_format) for part in whole.split(sizes, dim)]
 
     def to_foreign(x: list[Tensor], config: ZooConfig):
         whole = torch.cat(x, dim)
-        return [whole if disarrange is None else disarrange(whole, config).contiguous()]
+        return [whole.t().contiguous() if transposed else whole]
 
     return Rule((Pattern(foreign),), tuple(map(Pattern, own)), to_own, to_foreign)
 

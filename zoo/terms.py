@@ -4,17 +4,20 @@ from zoo.config import ZooConfig
 from zoo.layers import check_rope_scaling
 from zoo.layout import Rule, rename
 
-SAME = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "initializer_range", "tie_word_embeddings",
-    "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
+COMMON = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "initializer_range", "tie_word_embeddings", "use_cache", "pad_token_id",
+    "bos_token_id", "eos_token_id",
 )  # fmt: skip
+SAME = (*COMMON, "intermediate_size")
 
-SHELL: tuple[Rule, ...] = (
-    rename("model.embed_tokens.weight", "model.embed_tokens.weight"),
-    rename("model.norm.weight", "model.norm.weight"),
-    rename("lm_head.weight", "lm_head.weight"),
-    rename("score.{weight,bias}", "score.{weight,bias}"),
-)  # of the keys around the layers
+def shell(norm: str = "norm") -> tuple[Rule, ...]:
+    """Rules for the keys around the layers; `norm`: what the norm after the last one is called."""
+    return (
+        rename("model.embed_tokens.weight", "model.embed_tokens.weight"),
+        rename(f"model.{norm}.weight", "model.norm.weight"),
+        rename("lm_head.weight", "lm_head.weight"),
+        rename("score.{weight,bias}", "score.{weight,bias}"),
+    )
 
 
 def same_fields(source: dict | ZooConfig) -> dict:
