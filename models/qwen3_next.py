@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from zoo.config import ZooConfig
 from zoo.layout import Layout, drop, interleave, rename, squeeze, within
 from zoo.registry import get, register
-from zoo.terms import SHELL, expect, layers_of, rope_fields, rope_parameters, same_fields
+from zoo.terms import expect, layers_of, rope_fields, rope_parameters, same_fields, shell
 
 ATTENTION = dict(
     num_heads=16, num_kv_heads=2, head_dim=256, rope_theta=10000.0, rope_fraction=0.25, rope_scaling=None, bias=False
@@ -113,7 +113,7 @@ def to_foreign(config: Qwen3NextConfig) -> dict:
 LAYER, THEIRS = "model.layers.{}.mixer.", "model.layers.{}."
 EXTRA = "serves multi-token prediction"
 RULES = (
-    *SHELL,
+    *shell(),
     rename(THEIRS + "{input,post_attention}_layernorm.weight", "model.layers.{}.{mixer,channel}_norm.weight"),
     rename(THEIRS + "mlp.{gate,up,down}_proj.weight", "model.layers.{}.channel_mixer.{gate,up,down}_proj.weight"),
     rename(THEIRS + "mlp.gate.weight", "model.layers.{}.channel_mixer.router.weight"),
