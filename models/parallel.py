@@ -8,6 +8,8 @@ input, as in Hymba's parallel heads (Dong et al. 2024, arXiv:2411.13676); the ga
 (Bachlechner et al. 2020, arXiv:2003.04887), one per channel.
 """
 
+from dataclasses import replace
+
 import torch
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -68,8 +70,8 @@ class ParallelMixer(Mixer):
         self.branches = nn.ModuleList(mixer(branch, layer) for mixer, branch in zip(mixers, configs, strict=True))
         self.gate = nn.Parameter(torch.empty(len(configs) - 1, config.hidden_size))
         self.lora_targets = tuple(dict.fromkeys(name for branch in self.branches for name in branch.lora_targets))
-        constant = all(branch.traits.constant_state for branch in self.branches)
-        self.traits = Traits(self.traits.causal, self.traits.bidirectional, constant)
+        # of a branch itself, not its class: a window makes the state of attention constant
+        self.traits = replace(self.traits, constant_state=all(branch.traits.constant_state for branch in self.branches))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,9 +1,13 @@
 """Convert a real language model on this machine: `python scripts/demo.py --output demo`."""
 
 import argparse
+import os
 import resource
+import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning stall one another on a busy machine
 
 from transformers import AutoTokenizer
 from transformers.utils import logging
@@ -24,6 +28,7 @@ def main() -> None:
     parser.add_argument("--prompt", default="What is a Python module?")
     args = parser.parse_args()
     logging.disable_progress_bar()
+    logging.set_verbosity_error()
     start = time.monotonic()
 
     print(f"Preparing the teacher {args.teacher}")
@@ -37,7 +42,7 @@ def main() -> None:
     outcome = run(teacher, tokenizer, texts, Path(args.output) / "student", recipe, print)
     print(f"\n{table(outcome.rows)}\n")
     print(f"> {args.prompt}\n{complete(outcome.student, tokenizer, args.prompt)}\n")
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere
     print(f"{outcome.picture} and {outcome.numbers.name} hold these numbers. {time.monotonic() - start:.0f} s, {peak:.1f} GiB at most.")
 
 

@@ -2,7 +2,7 @@
 
     teacher = load_teacher(prepare_teacher("smollm2-135m-instruct", "teacher"))
     student = convert(teacher, mixer="gated_deltanet", keep=[8, 14, 18, 20, 23, 24])
-    align(teacher, student, rows, steps=60)
+    align(teacher, student, rows, steps=48)
 
 `run` does all of it with measurements.
 """

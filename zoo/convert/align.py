@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from zoo import registry
 from zoo.convert.student import converted_layers
 
 
@@ -30,7 +31,8 @@ def align(
     Args:
         teacher: the zoo transformer the student was converted from.
         rows: `[N, T]` token ids; each step takes `batch` of them, in a new random order after each round.
-        learning_rate: the highest; AdamW, linear warm-up over the share `warmup` of the steps, then a cosine down to a tenth.
+        learning_rate: the highest, of attention; the other mixers take three times it, gates thirty. AdamW, linear warm-up
+            over the share `warmup` of the steps, then a cosine down to a tenth.
         label: of a progress bar with tokens per second, time left and loss; None shows none.
 
     Returns:
@@ -48,7 +50,7 @@ def align(
         )
     mixers = [student.model.layers[index].mixer for index in layers]
     parameters = [p for mixer in mixers for p in mixer.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(_groups(mixers, learning_rate), betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _pace(step / steps, warmup, 1 / steps))
     losses: list[Tensor] = []
     hooks = [
@@ -86,6 +88,17 @@ def align(
 def relative_error(y: Tensor, target: Tensor) -> Tensor:
     """Squared error over the power of the target, a scalar."""
     return (y - target).float().square().mean() / target.float().square().mean().clamp_min(1e-12)
+
+
+def _groups(mixers: list[nn.Module], learning_rate: float) -> list[dict]:
+    """Parameters by pace: attention starts from the teacher's solution, other mixers from a guess, gates from zero."""
+    paces: dict[float, list[nn.Parameter]] = {1.0: [], 3.0: [], 30.0: []}
+    for mixer in mixers:
+        branches = getattr(mixer, "branches", [mixer])
+        for branch in branches:
+            paces[1.0 if type(branch) is registry.get("transformer").mixer else 3.0] += branch.parameters()
+        paces[30.0] += [p for name, p in mixer.named_parameters(recurse=False) if name == "gate"]
+    return [{"params": parameters, "lr": pace * learning_rate} for pace, parameters in paces.items()]
 
 
 def _learner(mixer: nn.Module, losses: list[Tensor]):

@@ -67,6 +67,7 @@ def draw(rows: list[Row], losses: list[list[float]], path: Path) -> None:
     names = [row.name for row in rows]
     bars = quality.bar(names, [row.perplexity for row in rows], color=COLOURS)
     quality.bar_label(bars, fmt="%.2f")
+    quality.margins(y=0.15)
     quality.set(
         title="Perplexity on held-out text", yscale="log" if max(r.perplexity for r in rows) > 10 * rows[0].perplexity else "linear"
     )
@@ -83,12 +84,14 @@ def draw(rows: list[Row], losses: list[list[float]], path: Path) -> None:
         speed.bar_label(speed.bar(places, rate, width=0.38, label=label, color=("#88c0d0", "#ebcb8b")[shift]), fmt="%.0f")
     speed.set_xticks(range(len(rows)), names)
     speed.set(title="Tokens per second", yscale="log")
-    speed.legend()
+    speed.margins(y=0.25)
+    speed.legend(loc="upper center", ncols=2)
 
     steps = range(1, len(losses) + 1)
     for layer in zip(*losses, strict=True):
-        learning.plot(steps, layer, color="#d8dee9", linewidth=0.8)
+        learning.plot(steps, layer, color="#c0c8d8", linewidth=0.8)
     learning.plot(steps, [sum(step) / len(step) for step in losses], color=COLOURS[-1], label="mean of the layers")
+    learning.locator_params(axis="x", integer=True)
     learning.set(title="Alignment: squared error over power", xlabel="step", yscale="log")
     learning.legend()
     figure.savefig(path, dpi=120)

@@ -42,7 +42,7 @@ class Recipe:
     window: int = 64
     sinks: int = 4
     keep: int | tuple[int, ...] = 10
-    steps: int = 60
+    steps: int = 48
     length: int = 512
     learning_rate: float = 1e-3
     held_out: int = 5
@@ -86,7 +86,7 @@ def run(
     kept = recipe.keep
     if isinstance(kept, int):
         say(f"Probing which {kept} layers need to see further than {recipe.window} tokens")
-        scores = window_sensitivity(teacher, spread(train, 1), window=recipe.window, sinks=recipe.sinks, label="probe")
+        scores = window_sensitivity(teacher, spread(train, 2), window=recipe.window, sinks=recipe.sinks, label="probe")
         kept = most_sensitive(scores, kept)
     student = convert(teacher, mixer=recipe.mixer, keep=kept, window=recipe.window, sinks=recipe.sinks)
     replaced = converted_layers(student)

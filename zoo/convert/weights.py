@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from zoo.layers import ShortConv
 from zoo.mixer import Mixer
 
 # the parts of attention that a mixer takes over where it has a projection of that name
@@ -19,7 +20,8 @@ class Account:
         copied: teacher keys that the student holds unchanged, somewhere.
         seeded: teacher keys that only begin a weight of another kind of mixer.
         dropped: teacher key -> why no part of the student holds it.
-        fresh: student keys that no teacher key fills; they keep their architecture's own initial values.
+        fresh: student keys that no teacher key fills; they keep their architecture's own initial values, but short
+            convolutions begin by passing their last input on.
     """
 
     copied: set[str] = field(default_factory=set)
@@ -80,6 +82,9 @@ def seed_mixer(source: Mixer, mixer: Mixer, account: Account, prefix: str) -> se
         mixer.load_state_dict(weights)
         account.copied |= {prefix + name for name in weights}
         return set(weights)
+    for module in mixer.modules():
+        if isinstance(module, ShortConv):  # at random it would scramble what the projections say
+            module.weight.zero_()[:, -1] = 1.0
     filled, own = set(), dict(mixer.named_parameters())
     for name, weight in weights.items():
         role = name.split(".")[0]

@@ -27,13 +27,19 @@ def perplexity(model: nn.Module, rows: Tensor, *, batch: int = 1, label: str | N
         )
     was_training = model.training
     model.eval()
-    total = 0.0
+    total, counted = 0.0, 0
     progress = tqdm(total=rows.numel(), desc=label, unit="tok", disable=label is None, mininterval=1.0)
     for piece in rows.to(next(model.parameters()).device).split(batch):
         logits = model(input_ids=piece, use_cache=False).logits
         total += F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), piece[:, 1:].flatten(), reduction="sum").item()
+        counted += piece[:, 1:].numel()
+        progress.set_postfix(ppl=f"{_exp(total / counted):.2f}", refresh=False)
         progress.update(piece.numel())
-        progress.set_postfix(ppl=f"{math.exp(min(total / max(progress.n * (rows.shape[1] - 1) / rows.shape[1], 1), 700)):.2f}")
     progress.close()
     model.train(was_training)
-    return math.exp(min(total / (rows.shape[0] * (rows.shape[1] - 1)), 700))  # exp(709) is the largest float
+    return _exp(total / counted)
+
+
+def _exp(mean: float) -> float:
+    """`exp`, and infinity where a float cannot hold it."""
+    return math.exp(mean) if mean < 709 else math.inf
