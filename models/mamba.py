@@ -44,8 +44,6 @@ class MambaConfig(ZooConfig):
     conv_bias: bool = True
     bias: bool = False  # biases of the input and output projections
     step_rank: int | None = None  # rank of the step size's projection; None: D / 16, rounded up
-    bias: bool = False  # of the input and output projections
-    inner_norms: bool = False  # RMSNorms of step size, B and C, as in Jamba (arXiv:2403.19887)
     inner_norm: str | None = None  # RMS norms of r, B and C: "plain" (no weights, Falcon Mamba), "weighted" (Jamba), or None
     inner_norm_eps: float = 1e-6
 
@@ -100,7 +98,6 @@ class MambaMixer(Mixer):
         x, conv = self.conv(x, state.get("conv"), packing)
         rank, B, C = self.x_proj(x).split([self.rank, self.states, self.states], dim=-1)
         rank, B, C = self.r_norm(rank), self.B_norm(B), self.C_norm(C)
-        rank, B, C = self.step_norm(rank), self.B_norm(B), self.C_norm(C)
         dt = F.softplus(wide(self.dt_proj(rank)))
         A = -wide(self.A_log).exp()
         y, memory = ops.selective_scan(wide(x), dt, A, wide(B), wide(C), D=wide(self.D), state=state.get("memory"), packing=packing)

@@ -10,6 +10,7 @@ COMMON = (
 )  # fmt: skip
 SAME = (*COMMON, "intermediate_size")
 
+
 def shell(norm: str = "norm") -> tuple[Rule, ...]:
     """Rules for the keys around the layers; `norm`: what the norm after the last one is called."""
     return (
@@ -20,9 +21,10 @@ def shell(norm: str = "norm") -> tuple[Rule, ...]:
     )
 
 
-def same_fields(source: dict | ZooConfig) -> dict:
-    """The fields both sides call alike, of a foreign config or of ours."""
-    return {name: source[name] if isinstance(source, dict) else getattr(source, name) for name in SAME}
+def same_fields(source: dict | ZooConfig, *, but: tuple[str, ...] = ()) -> dict:
+    """The fields both sides call alike, of a foreign config or of ours, `but` for those that these do not share."""
+    names = [name for name in SAME if name not in but]
+    return {name: source[name] if isinstance(source, dict) else getattr(source, name) for name in names}
 
 
 def expect(foreign: dict, **values) -> None:
