@@ -5,7 +5,7 @@
     h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t x_t)                                                   (eq. 4)
 
 The gates' weights are block-diagonal. A sequence's first token enters unscaled, as in the released models. Alone this layer
-makes Hawk; Griffin is a plan of two such layers and one of local attention (see the presets of `hybrid`).
+makes Hawk; Griffin is a plan of two such layers and one of local attention (see `recurrent_gemma`).
 
 Paper: De et al. 2024, arXiv:2402.19427: section 2.4, initialisation there and in appendix A; RecurrentGemma, arXiv:2404.07839.
 """

@@ -57,25 +57,6 @@ def samba(width: int, pairs: int, heads: int) -> dict:
     )
 
 
-def griffin(width: int, layers: int, heads: int, inner: int, vocabulary: int = 256000) -> dict:
-    """Griffin (arXiv:2402.19427) as RecurrentGemma sizes it: two RG-LRU layers, then attention over a window of 2048."""
-    window = {"mixer": "transformer", "num_heads": heads, "num_kv_heads": 1, "head_dim": 256, "rope_fraction": 0.5, "window": 2048}
-    pattern = [{"mixer": "griffin", "num_blocks": heads}, {"mixer": "griffin", "num_blocks": heads}, window | {"out_bias": True}]
-    return dict(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        intermediate_size=inner,
-        vocab_size=vocabulary,
-        channel_args={"act": "gelu_tanh", "bias": True},
-        norm="unit_rmsnorm",
-        norm_eps=1e-6,
-        embedding_scale=width**0.5,
-        logit_softcap=30.0,
-        tie_word_embeddings=True,
-        plan=[pattern[i % 3] for i in range(layers)],
-    )
-
-
 register(
     "hybrid",
     config=HybridConfig,
@@ -101,6 +82,5 @@ register(
         ),
         "samba-421m": samba(1536, 6, 12),
         "samba-1.3b": samba(2304, 9, 18),
-        "griffin-2b": griffin(2560, 26, 10, 7680),
     },
 )
