@@ -47,12 +47,15 @@ def rewrite(folder, change):
         (lambda: zoo.from_config("gla-tiny", channel_args={"actt": "relu"}), ["actt"]),
         (lambda: zoo.from_config("gla-tiny", task="translation"), ["translation", "causal_lm"]),
         (lambda: zoo.from_config("gla-tiny", causal=False), ["causal"]),
-        (lambda: zoo.from_config("hybrid-tiny", plan=["gla"] * 3), ["3 entries", "num_hidden_layers=2"]),
-        (lambda: zoo.from_config("hybrid-tiny", plan=["gla"]), ["1 entries", "num_hidden_layers=2"]),
-        (lambda: zoo.from_config("hybrid-tiny", plan=["gla", "glaa"]), ["glaa", "gla"]),
-        (lambda: zoo.from_config("hybrid-tiny", plan=["gla", {"mixer": "gla", "num_head": 2}]), ["entry 1", "num_head", "num_heads"]),
-        (lambda: zoo.from_config("hybrid-tiny", plan=["gla", {"num_heads": 2}]), ["entry 1", "mixer"]),
-        (lambda: zoo.from_config("hybrid-tiny", plan=["gla", "hybrid"]), ["hybrid", "no mixer"]),
+        (lambda: zoo.from_config("hybrid-tiny", num_hidden_layers=2, plan=["gla"] * 3), ["3 entries", "num_hidden_layers=2"]),
+        (lambda: zoo.from_config("hybrid-tiny", num_hidden_layers=2, plan=["gla"]), ["1 entries", "num_hidden_layers=2"]),
+        (lambda: zoo.from_config("hybrid-tiny", num_hidden_layers=2, plan=["gla", "glaa"]), ["glaa", "gla"]),
+        (
+            lambda: zoo.from_config("hybrid-tiny", num_hidden_layers=2, plan=["gla", {"mixer": "gla", "num_head": 2}]),
+            ["entry 1", "num_head", "num_heads"],
+        ),
+        (lambda: zoo.from_config("hybrid-tiny", num_hidden_layers=2, plan=["gla", {"num_heads": 2}]), ["entry 1", "mixer"]),
+        (lambda: zoo.from_config("hybrid-tiny", num_hidden_layers=2, plan=["gla", "hybrid"]), ["hybrid", "no mixer"]),
     ],
 )
 def test_wrong_names_and_sizes(build, words):
