@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.fla import BODY, CONVOLUTION, GATED_MLP, SHELL, convolutions, fla_layout, layer, read_convolution, write_convolution
 from zoo.kernels.checks import accumulator
 from zoo.kernels.delta_rule import flops
 from zoo.kernels.packing import Packing
@@ -77,6 +78,39 @@ class DeltaNetMixer(Mixer):
         return self.out_proj(merge_heads(self.norm(o))), after
 
 
+def conv_sizes(config: DeltaNetConfig) -> list[int]:
+    """Widths of queries, keys and values."""
+    keys = int(config.hidden_size * config.key_ratio)
+    return [keys, keys, int(config.hidden_size * config.value_ratio)]
+
+
+LAYOUTS = (
+    fla_layout(
+        "delta_net",
+        "DeltaNet",
+        (
+            layer("attn.{q,k,v,b,o}_proj.weight", "mixer.{q,k,v,beta,out}_proj.weight"),
+            layer("attn.o_norm.weight", "mixer.norm.weight"),
+            convolutions(conv_sizes),
+            *GATED_MLP,
+            *SHELL,
+        ),
+        same={
+            "num_heads": "num_heads", "key_ratio": "expand_k", "value_ratio": "expand_v",
+            "allow_negative_eigenvalues": "allow_neg_eigval",
+        },
+        defaults={"num_heads": 16, "expand_k": 1.0, "expand_v": 1.0, "allow_neg_eigval": False} | CONVOLUTION,
+        only={
+            "use_gate": (False,), "use_beta": (True,), "use_output_norm": (True,), "qk_norm": ("l2",), "qk_activation": ("silu",),
+            "share_conv_kernel": (False,),
+        },
+        read=read_convolution,
+        write=write_convolution,
+        aliases=((BODY + "attn.norm.weight", BODY + "attn.o_norm.weight"),),
+    ),
+)  # fmt: skip
+
+
 register(
     "delta_net",
     config=DeltaNetConfig,
@@ -88,4 +122,5 @@ register(
         "340m": dict(hidden_size=1024, num_hidden_layers=24, num_heads=8, tie_word_embeddings=True),
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24),
     },
+    layouts=LAYOUTS,
 )

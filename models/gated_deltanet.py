@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.fla import CONVOLUTION, GATED_MLP, SHELL, SILU, convolutions, fla_layout, layer, read_convolution, write_convolution
 from zoo.kernels.checks import accumulator
 from zoo.kernels.delta_rule import flops
 from zoo.kernels.packing import Packing
@@ -95,6 +96,39 @@ class GatedDeltaNetMixer(Mixer):
         return self.out_proj(merge_heads(self.norm(o, gate))), after
 
 
+def conv_sizes(config: GatedDeltaNetConfig) -> list[int]:
+    """Widths of queries, keys and values."""
+    keys = config.num_heads * config.head_dim
+    return [keys, keys, (config.num_v_heads or config.num_heads) * int(config.head_dim * config.value_ratio)]
+
+
+LAYOUTS = (
+    fla_layout(
+        "gated_deltanet",
+        "GatedDeltaNet",
+        (
+            layer("attn.{q,k,v,a,b,g,o}_proj.weight", "mixer.{q,k,v,decay,beta,gate,out}_proj.weight"),
+            layer("attn.{A_log,dt_bias}", "mixer.decay.{A_log,dt_bias}"),
+            layer("attn.o_norm.weight", "mixer.norm.weight"),
+            convolutions(conv_sizes),
+            *GATED_MLP,
+            *SHELL,
+        ),
+        same={
+            "num_heads": "num_heads", "num_v_heads": "num_v_heads", "head_dim": "head_dim", "value_ratio": "expand_v",
+            "use_gate": "use_gate", "allow_negative_eigenvalues": "allow_neg_eigval",
+        },
+        defaults={
+            "num_hidden_layers": 21, "num_heads": 6, "num_v_heads": None, "head_dim": 256, "expand_v": 2.0, "use_gate": True,
+            "allow_neg_eigval": False,
+        } | CONVOLUTION,
+        only={"output_gate_activation": SILU, "share_conv_kernel": (False,)},
+        read=read_convolution,
+        write=write_convolution,
+    ),
+)  # fmt: skip
+
+
 register(
     "gated_deltanet",
     config=GatedDeltaNetConfig,
@@ -106,4 +140,5 @@ register(
         "340m": dict(hidden_size=1024, num_hidden_layers=21, num_heads=3, tie_word_embeddings=True),
         "1.3b": dict(hidden_size=2048, num_hidden_layers=21),
     },
+    layouts=LAYOUTS,
 )

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.fla import GATED_MLP, SHELL, UNFUSED, fla_layout, layer
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
@@ -68,6 +69,29 @@ class GLAMixer(Mixer):
         return self.out_proj(merge_heads(self.norm(o, gate))), {"memory": memory}
 
 
+LAYOUTS = (
+    fla_layout(
+        "gla",
+        "GLA",
+        (
+            layer("attn.{q,k,v,g,o}_proj.weight", "mixer.{q,k,v,gate,out}_proj.weight"),
+            layer("attn.gk_proj.0.weight", "mixer.decay_proj.down.weight"),
+            layer("attn.gk_proj.1.{weight,bias}", "mixer.decay_proj.up.{weight,bias}"),
+            layer("attn.g_norm_swish_gate.weight", "mixer.norm.weight"),
+            *GATED_MLP,
+            *SHELL,
+        ),
+        same={"num_heads": "num_heads", "key_ratio": "expand_k", "value_ratio": "expand_v"},
+        defaults={"num_heads": 4, "expand_k": 0.5, "expand_v": 1.0},
+        only={
+            "num_kv_heads": (None,), "feature_map": (None,), "use_short_conv": (False,), "use_output_gate": (True,),
+            "clamp_min": (None,), "elementwise_affine": (True,), "use_gk": (True,), "use_gv": (False,),
+        },
+        aliases=(UNFUSED,),
+    ),
+)  # fmt: skip
+
+
 register(
     "gla",
     config=GLAConfig,
@@ -79,4 +103,5 @@ register(
         "340m": dict(hidden_size=1024, num_hidden_layers=24, tie_word_embeddings=True),
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24),
     },
+    layouts=LAYOUTS,
 )

@@ -20,6 +20,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.fla import GATED_MLP, SHELL, fla_layout, layer, shared_bounds
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
 from zoo.kernels.scan import flops
@@ -71,6 +72,24 @@ class HGRNMixer(Mixer):
         return self.out_proj(self.norm(h.to(x.dtype), self.gate_proj(x))), {"hidden": hidden}
 
 
+RULES = (
+    layer("attn.{i,f,g,o}_proj.weight", "mixer.{input,forget,gate,out}_proj.weight"),
+    layer("attn.g_norm.weight", "mixer.norm.weight"),
+    *GATED_MLP,
+    *SHELL,
+)
+LAYOUTS = (
+    fla_layout(
+        "hgrn",
+        "HGRN",
+        lambda config: (*RULES, shared_bounds(config)),
+        same={"expand": "expand_ratio"},
+        defaults={"expand_ratio": 1.0},
+        only={"use_short_conv": (False,), "use_lower_bound": (True,), "elementwise_affine": (True,)},
+    ),
+)
+
+
 register(
     "hgrn",
     config=HGRNConfig,
@@ -82,4 +101,5 @@ register(
         "340m": dict(hidden_size=1024, num_hidden_layers=24, tie_word_embeddings=True),
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24),
     },
+    layouts=LAYOUTS,
 )

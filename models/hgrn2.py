@@ -22,6 +22,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.fla import GATED_MLP, SHELL, fla_layout, layer, shared_bounds
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
@@ -79,6 +80,25 @@ class HGRN2Mixer(Mixer):
         return self.out_proj(self.norm(merge_heads(o))), {"memory": memory}
 
 
+RULES = (
+    layer("attn.{q,f,i,o}_proj.weight", "mixer.{q,forget,v,out}_proj.weight"),
+    layer("attn.g_norm.weight", "mixer.norm.weight"),
+    *GATED_MLP,
+    *SHELL,
+)
+LAYOUTS = (
+    fla_layout(
+        "hgrn2",
+        "HGRN2",
+        lambda config: (*RULES, shared_bounds(config)),
+        defaults={"num_heads": None, "expand_ratio": 128},
+        only={"use_short_conv": (False,), "use_lower_bound": (True,), "elementwise_affine": (True,)},
+        read=lambda foreign: {"expansion": foreign["expand_ratio"] or foreign["hidden_size"] // foreign["num_heads"]},
+        write=lambda config: {"expand_ratio": config.expansion, "num_heads": config.divide("hidden_size", "expansion")},
+    ),
+)
+
+
 register(
     "hgrn2",
     config=HGRN2Config,
@@ -91,4 +111,5 @@ register(
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24),
         "2.7b": dict(hidden_size=2560, num_hidden_layers=32),
     },
+    layouts=LAYOUTS,
 )

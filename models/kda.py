@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.fla import CONVOLUTION, GATED_MLP, SHELL, convolutions, fla_layout, layer, read_convolution, write_convolution
 from zoo.kernels.checks import accumulator
 from zoo.kernels.delta_rule import flops
 from zoo.kernels.packing import Packing
@@ -89,6 +90,45 @@ class KDAMixer(Mixer):
         return self.out_proj(merge_heads(self.norm(o, split_heads(self.gate_proj(x), self.heads)))), after
 
 
+def conv_sizes(config: KDAConfig) -> list[int]:
+    """Widths of queries, keys and values."""
+    keys = config.num_heads * config.head_dim
+    return [keys, keys, config.num_heads * int(config.head_dim * config.value_ratio)]
+
+
+def read_kda(foreign: dict) -> dict:
+    """Our fields of a KDA in flash-linear-attention, whose output gate has a bias."""
+    if foreign["num_v_heads"] not in (None, foreign["num_heads"]):
+        raise ValueError(f"a kda with num_v_heads={foreign['num_v_heads']} beside num_heads={foreign['num_heads']} is not supported")
+    return {"gate_bias": True} | read_convolution(foreign)
+
+
+LAYOUTS = (
+    fla_layout(
+        "kda",
+        "KDA",
+        (
+            layer("attn.{q,k,v,b,o}_proj.weight", "mixer.{q,k,v,beta,out}_proj.weight"),
+            layer("attn.{f,g}_proj.{0,1}.weight", "mixer.{decay,gate}_proj.{down,up}.weight"),
+            layer("attn.g_proj.1.bias", "mixer.gate_proj.up.bias"),
+            layer("attn.{A_log,dt_bias}", "mixer.decay.{A_log,dt_bias}"),
+            layer("attn.o_norm.weight", "mixer.norm.weight"),
+            convolutions(conv_sizes),
+            *GATED_MLP,
+            *SHELL,
+        ),
+        same={
+            "num_heads": "num_heads", "head_dim": "head_dim", "value_ratio": "expand_v",
+            "allow_negative_eigenvalues": "allow_neg_eigval",
+        },
+        defaults={"num_heads": 16, "num_v_heads": None, "head_dim": 128, "expand_v": 1.0, "allow_neg_eigval": False} | CONVOLUTION,
+        only={"safe_gate": (False,), "lower_bound": (None,), "share_conv_kernel": (False,)},
+        read=read_kda,
+        write=write_convolution,
+    ),
+)  # fmt: skip
+
+
 register(
     "kda",
     config=KDAConfig,
@@ -100,4 +140,5 @@ register(
         "340m": dict(hidden_size=1024, num_hidden_layers=24, num_heads=8, tie_word_embeddings=True),
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24),
     },
+    layouts=LAYOUTS,
 )

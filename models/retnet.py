@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.fla import GATED_MLP, SHELL, UNFUSED, fla_layout, layer
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
@@ -88,6 +89,28 @@ class RetNetMixer(Mixer):
         return self.out_proj(merge_heads(self.norm(o, gate))), {"memory": memory, "length": added if seen is None else seen + added}
 
 
+LAYOUTS = (
+    fla_layout(
+        "retnet",
+        "RetNet",
+        (
+            layer("attn.{q,k,v,g,o}_proj.weight", "mixer.{q,k,v,gate,out}_proj.weight"),
+            layer("attn.g_norm_swish_gate.weight", "mixer.norm.weight"),
+            *GATED_MLP,
+            *SHELL,
+        ),
+        same={"num_heads": "num_heads", "value_ratio": "expand_v", "norm_weight": "elementwise_affine"},
+        defaults={"num_heads": 8, "expand_v": 2.0, "elementwise_affine": True, "hidden_ratio": 2},
+        only={
+            "expand_k": (1.0,), "num_kv_heads": (None,), "feature_map": (None,), "use_short_conv": (False,),
+            "use_output_gate": (True,),
+        },
+        read=lambda foreign: {"rope_inclusive": False},
+        aliases=(UNFUSED,),
+    ),
+)  # fmt: skip
+
+
 register(
     "retnet",
     config=RetNetConfig,
@@ -100,4 +123,5 @@ register(
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24, num_heads=8),
         "2.7b": dict(hidden_size=2560, num_hidden_layers=32, num_heads=10),
     },
+    layouts=LAYOUTS,
 )

@@ -70,7 +70,7 @@ def save_foreign(model, folder: str | os.PathLike, layout: str, *, max_shard_siz
         ValueError: the layout is not one of this architecture, or it cannot express the model's config.
     """
     table, entry = get_layout(get(model.config.name), layout), get(model.config.name)
-    foreign = {"model_type": kind for kind in table.model_types[:1]} | table.config_back(model.config) | fields
+    foreign = ({"model_type": table.model_types[0]} if table.model_types else {}) | table.config_back(model.config) | fields
     alone = table.file.endswith(".pth")
     if alone:
         foreign = described(table.to_foreign(model.state_dict(), model))
