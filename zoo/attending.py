@@ -26,13 +26,14 @@ class AttentionMixer(Mixer):
 
     def __init__(
         self, config: ZooConfig, layer: int, *, heads: int, groups: int, keys: int, values: int | None = None,
-        window: int | None = None, sinks: int = 0, softcap: float | None = None,
+        window: int | None = None, sinks: int = 0, softcap: float | None = None, scale: float | None = None,
     ):  # fmt: skip
         super().__init__(config, layer)
         if window is not None or not config.causal:
             self.traits = replace(self.traits, constant_state=True)
         self.heads, self.groups, self.keys, self.values = heads, groups, keys, values or keys
         self.causal, self.window, self.sinks, self.softcap = config.causal, window, sinks, softcap
+        self.scale = scale
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         if not self.causal:
@@ -51,7 +52,7 @@ class AttentionMixer(Mixer):
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: State | None, packing: Packing | None
     ) -> tuple[Tensor, State]:
         """Attention of these queries to the cached and the new keys, and the cache after."""
-        rule = {"causal": self.causal, "window": self.window, "sinks": self.sinks, "softcap": self.softcap}
+        rule = {"causal": self.causal, "window": self.window, "sinks": self.sinks, "softcap": self.softcap, "scale": self.scale}
         if not self.causal:
             return ops.attention(q, k, v, **rule, packing=packing)[0], {}
         if self.window is None:

@@ -1,6 +1,6 @@
 """One layer of a model: a sequence mixer and a channel mixer, each around a residual."""
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from zoo import registry
@@ -13,17 +13,28 @@ CHANNEL = "channel_"  # prefix of the channel mixer's share of the state
 
 
 class Block(GradientCheckpointingLayer):
-    """`x + mixer(norm(x))`, then `x + channel_mixer(norm(x))`; with `post_norm` the norms follow the sums."""
+    """`x + mixer(norm(x))`, then `x + channel_mixer(norm(x))`.
+
+    With `post_norm` the norms follow the sums, with `output_norms` there are two more on what the mixers return (Gemma 2,
+    arXiv:2408.00118), and with `parallel_residual` the block is `x + mixer(norm(x)) + channel_mixer(norm'(x))` (GPT-NeoX,
+    arXiv:2204.06745).
+    """
 
     def __init__(self, config: ZooConfig, layer: int):
         super().__init__()
         self.mixer = registry.get(config.name).mixer(config, layer)
         self.mixer_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
-        self.post_norm = config.post_norm
+        self.post_norm, self.parallel = config.post_norm, config.parallel_residual
+        self.mixer_output_norm = self._output_norm(config)
         self.channel_mixer = None
         if config.channel_mixer is not None:
             self.channel_mixer = registry.get_channel_mixer(config.channel_mixer)(config, **config.channel_args or {})
             self.channel_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+            self.channel_output_norm = self._output_norm(config)
+
+    @staticmethod
+    def _output_norm(config: ZooConfig) -> nn.Module:
+        return make_norm(config.norm, config.hidden_size, config.norm_eps) if config.output_norms else nn.Identity()
 
     def forward(
         self, x: Tensor, state: State | None = None, packing: Packing | None = None, carry: Tensor | None = None
@@ -34,10 +45,12 @@ class Block(GradientCheckpointingLayer):
             y, new_state, carry = self.mixer(inner, mixer_state, packing, carry)
         else:
             y, new_state = self.mixer(inner, mixer_state, packing)
-        x = self.mixer_norm(x + y) if self.post_norm else x + y
+        before = x
+        x = self.mixer_norm(x + y) if self.post_norm else x + self.mixer_output_norm(y)
         if self.channel_mixer is not None:
-            y, channel_state = self.channel_mixer(x if self.post_norm else self.channel_norm(x), channel_state, packing)
-            x = self.channel_norm(x + y) if self.post_norm else x + y
+            inner = before if self.parallel else x
+            y, channel_state = self.channel_mixer(inner if self.post_norm else self.channel_norm(inner), channel_state, packing)
+            x = self.channel_norm(x + y) if self.post_norm else x + self.channel_output_norm(y)
             new_state = new_state | {CHANNEL + name: t for name, t in channel_state.items()}
         return x, new_state, carry
 

@@ -41,6 +41,8 @@ class ZooConfig(PreTrainedConfig):
     norm: str = "rmsnorm"  # rmsnorm, layernorm, or unit_rmsnorm (weight stored as offset from one)
     norm_eps: float = 1e-5
     post_norm: bool = False  # normalise after the residual sum instead of before the mixer
+    output_norms: bool = False  # norms also on what both mixers return, before it is added
+    parallel_residual: bool = False  # both mixers read the block's input, each through its own norm
     embedding_norm: bool = False  # a norm between embedding and first block
     embedding_scale: float = 1.0  # embeddings are multiplied by this
     max_position_embeddings: int | None = None  # rows of a learned position table; None: no table, any length
@@ -72,6 +74,8 @@ class ZooConfig(PreTrainedConfig):
         """The norm must be one the block can build."""
         if self.norm not in ("rmsnorm", "layernorm", "unit_rmsnorm"):
             raise ValueError(f"{type(self).__name__}: norm {self.norm!r} is unknown; choose rmsnorm, layernorm or unit_rmsnorm")
+        if self.post_norm and (self.output_norms or self.parallel_residual):
+            raise ValueError(f"{type(self).__name__}: post_norm goes with neither output_norms nor parallel_residual; choose one")
 
     def shared_fields(self) -> dict[str, Any]:
         """The fields of ZooConfig itself, which a hybrid hands to the configs of its layers."""

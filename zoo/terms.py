@@ -9,6 +9,9 @@ COMMON = (
     "bos_token_id", "eos_token_id",
 )  # fmt: skip
 SAME = (*COMMON, "intermediate_size")
+ACTIVATIONS = {  # theirs -> ours; of several names for one the last is written
+    "swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+}  # fmt: skip
 
 
 def shell(norm: str = "norm") -> tuple[Rule, ...]:
@@ -32,6 +35,18 @@ def expect(foreign: dict, **values) -> None:
     for name, value in values.items():
         if foreign.get(name, value) != value:
             raise ValueError(f"a {foreign['model_type']} with {name}={foreign[name]!r} is not supported, only {name}={value!r}")
+
+
+def own_activation(name: str) -> str:
+    """Our name of an activation, or a ValueError that lists those known."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"hidden_act {name!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def foreign_activation(name: str) -> str:
+    """The inverse."""
+    return {own: theirs for theirs, own in ACTIVATIONS.items()}[name]
 
 
 def rope_fields(foreign: dict) -> dict:
