@@ -9,6 +9,8 @@
 Paper: Peng et al. 2024, arXiv:2404.05892: token shift, decay and recurrence in section 4, eq. 19 the recurrence.
 """
 
+from dataclasses import field
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -16,10 +18,12 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.fla import RWKV_SHELL, fla_layout, layer, rounded_up
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
 from zoo.layers import GatedNorm, LowRank, merge_heads, split_heads, token_shift, wide
+from zoo.layout import Layout, Pattern, Rule, mapped, rename, transpose
 from zoo.mixer import Mixer, State
 from zoo.registry import register
 
@@ -31,6 +35,7 @@ class RWKV6Config(ZooConfig):
     model_type = "zoo_rwkv6"
 
     channel_mixer: str | None = "rwkv"
+    channel_args: dict | None = field(default_factory=lambda: {"mix_back": True})
     norm: str = "layernorm"
     embedding_norm: bool = True
 
@@ -109,6 +114,122 @@ class RWKV6Mixer(Mixer):
         return self.out_proj(self.norm(merge_heads(o), self.gate_proj(for_gate))), {"shift": shift, "memory": memory}
 
 
+def low_ranks(foreign: str, own: list[str], to_parts, to_whole) -> Rule:
+    """A foreign tensor of a layer that holds something for each of the five mixtures, and what makes it from five and back."""
+    names = [Pattern(name) for name in own]
+    return Rule((Pattern(foreign),), tuple(names), lambda x, shapes, config: to_parts(x[0]), lambda x, config: [to_whole(x)])
+
+
+FIVE = [f"model.layers.{{}}.mixer.mix_up.{index}" for index in range(5)]  # decay, k, v, r, gate
+THEIRS = [1, 2, 3, 0, 4]  # where these five stand among r, decay, k, v, gate
+OURS = [3, 0, 1, 2, 4]  # and the other way round
+
+
+def reordered(x: Tensor, order: list[int]) -> Tensor:
+    """Five equal parts along the first dimension in another order."""
+    return torch.cat([x.chunk(5)[index] for index in order])
+
+
+def read_fla(foreign: dict) -> dict:
+    """Further fields for a config of flash-linear-attention."""
+    width = foreign["hidden_size"]
+    inner = foreign["intermediate_size"] or rounded_up(width * (foreign["hidden_ratio"] or 3.5), 32)
+    return {"head_dim": width // foreign["num_heads"], "intermediate_size": inner, "head_norm_eps": foreign["norm_eps"]}
+
+
+def write_fla(config: RWKV6Config) -> dict:
+    """The inverse; what it cannot say is noticed by mapping back."""
+    return {"num_heads": config.divide("hidden_size", "head_dim"), "intermediate_size": config.intermediate_size}
+
+
+FLA = fla_layout(
+    "rwkv6",
+    "RWKV6",
+    (
+        layer("attn.{r,k,v,g}_proj.linear.weight", "mixer.{r,k,v,gate}_proj.weight"),
+        layer("attn.o_proj.weight", "mixer.out_proj.weight"),
+        layer("attn.x_proj.0.mu", "mixer.mix"),
+        mapped(
+            "model.layers.{}.attn.x_proj.0.linear.weight", "model.layers.{}.mixer.mix_down.weight",
+            lambda x: reordered(x, THEIRS), lambda x: reordered(x, OURS),
+        ),
+        low_ranks(
+            "model.layers.{}.attn.x_proj.2.weight", [name + ".weight" for name in FIVE],
+            lambda x: [x.chunk(5, 1)[index].contiguous() for index in THEIRS],
+            lambda x: torch.cat([x[index] for index in OURS], 1),
+        ),
+        low_ranks(
+            "model.layers.{}.attn.x_bias", [name + ".bias" for name in FIVE],
+            lambda x: [x[index].clone() for index in THEIRS], lambda x: torch.stack([x[index] for index in OURS]),
+        ),
+        layer("attn.w_proj.linear.lora.{0.weight,2.weight,2.bias}", "mixer.decay_proj.{down.weight,up.weight,up.bias}"),
+        layer("attn.bonus", "mixer.bonus"),
+        layer("attn.g_norm.{weight,bias}", "mixer.norm.{weight,bias}"),
+        layer("ffn.{key,receptance}.mu", "channel_mixer.{key,receptance}_mix"),
+        layer("ffn.{key,receptance}.linear.weight", "channel_mixer.{key,receptance}.weight"),
+        layer("ffn.value.weight", "channel_mixer.value.weight"),
+        *RWKV_SHELL,
+    ),
+    same={"mix_rank": "proj_low_rank_dim", "decay_rank": "gate_low_rank_dim"},
+    defaults={
+        "num_heads": 4, "expand_k": 0.5, "expand_v": 1.0, "norm_eps": 1e-5, "proj_low_rank_dim": 32, "gate_low_rank_dim": 64,
+        "hidden_ratio": 3.5, "intermediate_size": None,
+    },
+    only={"expand_k": (1.0,), "expand_v": (1.0,), "hidden_act": ("sqrelu",), "norm_first": (True,), "norm_bias": (True,)},
+    read=read_fla,
+    write=write_fla,
+    mlp=False,
+)  # fmt: skip
+
+
+def read_pth(foreign: dict) -> dict:
+    """Our fields for the shapes of the tensors in a file of the authors. Token 0 ends a text."""
+    shapes = foreign["tensors"]
+    vocabulary, width = shapes["emb.weight"]
+    attention = "blocks.0.att."
+    return {
+        "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": sum(name.endswith(".ln1.weight") for name in shapes),
+        "intermediate_size": shapes["blocks.0.ffn.key.weight"][0], "head_dim": shapes[attention + "time_faaaa"][1],
+        "mix_rank": shapes[attention + "time_maa_w2"][1], "decay_rank": shapes[attention + "time_decay_w2"][0],
+        "bos_token_id": 0, "eos_token_id": 0,
+    }  # fmt: skip
+
+
+BLOCK = "blocks.{}."
+PTH = Layout(
+    "rwkv6-pth", (), read_pth, lambda config: {}, prefix="", file="rwkv6.pth",
+    matches=lambda foreign: "blocks.0.att.time_maa_w2" in foreign.get("tensors", ()),
+    complete=dict,
+    rules=(
+        rename("emb.weight", "model.embed_tokens.weight"),
+        rename("blocks.0.ln0.{weight,bias}", "model.embed_norm.{weight,bias}"),
+        layer("ln{1,2}.{weight,bias}", "{mixer,channel}_norm.{weight,bias}", BLOCK),
+        layer("att.{receptance,key,value,gate,output}.weight", "mixer.{r,k,v,gate,out}_proj.weight", BLOCK),
+        layer("att.time_faaaa", "mixer.bonus", BLOCK),
+        layer("att.ln_x.{weight,bias}", "mixer.norm.{weight,bias}", BLOCK),
+        mapped(BLOCK + "att.time_maa_x", "model.layers.{}.mixer.mix", torch.flatten, lambda x: x[None, None]),
+        *(
+            mapped(f"{BLOCK}att.time_maa_{letter}", name + ".bias", torch.flatten, lambda x: x[None, None])
+            for letter, name in zip("wkvrg", FIVE, strict=True)
+        ),
+        transpose(BLOCK + "att.time_maa_w1", "model.layers.{}.mixer.mix_down.weight"),
+        low_ranks(
+            BLOCK + "att.time_maa_w2", [name + ".weight" for name in FIVE],
+            lambda x: [part.t().contiguous() for part in x], lambda x: torch.stack([part.t() for part in x]),
+        ),
+        mapped(BLOCK + "att.time_decay", "model.layers.{}.mixer.decay_proj.up.bias", torch.flatten, lambda x: x[None, None]),
+        transpose(BLOCK + "att.time_decay_w{1,2}", "model.layers.{}.mixer.decay_proj.{down,up}.weight"),
+        mapped(
+            BLOCK + "ffn.time_maa_{k,r}", "model.layers.{}.channel_mixer.{key,receptance}_mix", torch.flatten, lambda x: x[None, None],
+        ),
+        layer("ffn.{key,receptance,value}.weight", "channel_mixer.{key,receptance,value}.weight", BLOCK),
+        rename("ln_out.{weight,bias}", "model.norm.{weight,bias}"),
+        rename("head.weight", "lm_head.weight"),
+        rename("score.{weight,bias}", "score.{weight,bias}"),
+    ),
+)  # fmt: skip
+
+
 register(
     "rwkv6",
     config=RWKV6Config,
@@ -121,4 +242,5 @@ register(
         "3b": dict(hidden_size=2560, num_hidden_layers=32, vocab_size=65536),
         "7b": dict(hidden_size=4096, num_hidden_layers=32, mix_rank=64, decay_rank=128, vocab_size=65536),
     },
+    layouts=(FLA, PTH),
 )

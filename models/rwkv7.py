@@ -21,9 +21,11 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.fla import RWKV_SHELL, fla_layout, layer, rounded_up
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
 from zoo.layers import GatedNorm, LowRank, merge_heads, orthogonal, split_heads, token_shift, unit_length, wide
+from zoo.layout import Layout, drop, mapped, rename, transpose
 from zoo.mixer import Mixer, State, Traits
 from zoo.registry import register
 
@@ -41,7 +43,7 @@ class RWKV7Config(ZooConfig):
     norm: str = "layernorm"
     embedding_norm: bool = True
     channel_mixer: str | None = "rwkv"
-    channel_args: dict | None = field(default_factory=lambda: {"receptance": False})
+    channel_args: dict | None = field(default_factory=lambda: {"receptance": False, "mix_back": True})
     head_dim: int = 64  # K = V = D / H
     decay_rank: int | None = None  # about 1.8 sqrt(D)
     rate_rank: int | None = None  # about 1.8 sqrt(D)
@@ -138,6 +140,97 @@ class RWKV7Mixer(Mixer):
         return y, {"memory": memory, "shift": shift}, carry
 
 
+def read_fla(foreign: dict) -> dict:
+    """Further fields for a config of flash-linear-attention, which names the size of the heads or their number."""
+    width, values = foreign["hidden_size"], foreign["value_dim"]
+    if values not in (None, width, [width] * foreign["num_hidden_layers"]):
+        raise ValueError(f"an rwkv7 with value_dim={values} other than hidden_size={width} is not supported")
+    inner = foreign["intermediate_size"] or rounded_up(width * (foreign["hidden_ratio"] or 4), 32)
+    return {"head_dim": foreign["head_dim"] or width // foreign["num_heads"], "intermediate_size": inner}
+
+
+def write_fla(config: RWKV7Config) -> dict:
+    """The inverse, with the ranks and the width that our rules give."""
+    return {
+        "head_dim": config.head_dim, "num_heads": config.hidden_size // config.head_dim,
+        "intermediate_size": config.intermediate_size or 4 * config.hidden_size,
+        "decay_low_rank_dim": config.rank("decay_rank", 1.8), "a_low_rank_dim": config.rank("rate_rank", 1.8),
+        "v_low_rank_dim": config.rank("value_rank", 1.3), "gate_low_rank_dim": config.rank("gate_rank", 0.6, 0.8),
+    }  # fmt: skip
+
+
+def as_vector(foreign: str, own: str):
+    """A rule for a vector stored as `[1, 1, D]`."""
+    return mapped(foreign, own, torch.flatten, lambda x: x[None, None])
+
+
+LORA = "{0.weight,2.weight,2.bias}", "{down.weight,up.weight,up.bias}"
+FLA = fla_layout(
+    "rwkv7",
+    "RWKV7",
+    (
+        layer("attn.{r,k,v,o}_proj.weight", "mixer.{r,k,v,out}_proj.weight"),
+        as_vector("model.layers.{}.attn.x_{r,w,k,v,a,g}", "model.layers.{}.mixer.shift_mix.{r,w,k,v,a,g}"),
+        layer("attn.{k_k,k_a,r_k}", "mixer.{k_k,k_a,r_k}"),
+        layer(f"attn.{{w,a,v,g}}_lora.lora.{LORA[0]}", f"mixer.{{decay,rate,residual,gate}}_proj.{LORA[1]}"),
+        layer("attn.g_norm.{weight,bias}", "mixer.norm.{weight,bias}"),
+        layer("ffn.x_k", "channel_mixer.key_mix"),
+        layer("ffn.{key,value}.weight", "channel_mixer.{key,value}.weight"),
+        *RWKV_SHELL,
+    ),
+    same={
+        "decay_rank": "decay_low_rank_dim", "rate_rank": "a_low_rank_dim", "value_rank": "v_low_rank_dim",
+        "gate_rank": "gate_low_rank_dim",
+    },
+    defaults={
+        "head_dim": 64, "num_heads": None, "value_dim": None, "norm_eps": 1e-5, "hidden_ratio": 4, "intermediate_size": None,
+        "decay_low_rank_dim": 64, "a_low_rank_dim": 64, "v_low_rank_dim": 16, "gate_low_rank_dim": 128,
+    },
+    only={"hidden_act": ("sqrelu",), "norm_first": (True,), "norm_bias": (True,)},
+    read=read_fla,
+    write=write_fla,
+    mlp=False,
+)  # fmt: skip
+
+
+def read_pth(foreign: dict) -> dict:
+    """Our fields for the shapes of the tensors in a file of the authors. Token 0 ends a text."""
+    shapes = foreign["tensors"]
+    vocabulary, width = shapes["emb.weight"]
+    ranks = {"decay_rank": "w2", "rate_rank": "a2", "value_rank": "v2", "gate_rank": "g2"}
+    return {
+        "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": sum(name.endswith(".ln1.weight") for name in shapes),
+        "intermediate_size": shapes["blocks.0.ffn.key.weight"][0], "head_dim": shapes["blocks.0.att.r_k"][1],
+        "bos_token_id": 0, "eos_token_id": 0,
+    } | {own: next((s[0] for n, s in shapes.items() if n.endswith(f".att.{name}")), None) for own, name in ranks.items()}  # fmt: skip
+
+
+BLOCK, MIXER = "blocks.{}.att.", "model.layers.{}.mixer."
+PTH = Layout(
+    "rwkv7-pth", (), read_pth, lambda config: {}, prefix="", file="rwkv7.pth",
+    matches=lambda foreign: "blocks.0.att.x_a" in foreign.get("tensors", ()),
+    complete=dict,
+    rules=(
+        rename("emb.weight", "model.embed_tokens.weight"),
+        rename("blocks.0.ln0.{weight,bias}", "model.embed_norm.{weight,bias}"),
+        layer("ln{1,2}.{weight,bias}", "{mixer,channel}_norm.{weight,bias}", "blocks.{}."),
+        layer("{receptance,key,value,output}.weight", "mixer.{r,k,v,out}_proj.weight", BLOCK),
+        layer("ln_x.{weight,bias}", "mixer.norm.{weight,bias}", BLOCK),
+        as_vector(BLOCK + "x_{r,w,k,v,a,g}", MIXER + "shift_mix.{r,w,k,v,a,g}"),
+        as_vector(BLOCK + "{k_k,k_a}", MIXER + "{k_k,k_a}"),
+        layer("r_k", "mixer.r_k", BLOCK),
+        as_vector(BLOCK + "{w,a,v}0", MIXER + "{decay,rate,residual}_proj.up.bias"),
+        transpose(BLOCK + "{w,a,v,g}{1,2}", MIXER + "{decay,rate,residual,gate}_proj.{down,up}.weight"),
+        drop("blocks.0.att.v{0,1,2}", "the first layer has no earlier values to mix in"),
+        as_vector("blocks.{}.ffn.x_k", "model.layers.{}.channel_mixer.key_mix"),
+        layer("ffn.{key,value}.weight", "channel_mixer.{key,value}.weight", "blocks.{}."),
+        rename("ln_out.{weight,bias}", "model.norm.{weight,bias}"),
+        rename("head.weight", "lm_head.weight"),
+        rename("score.{weight,bias}", "score.{weight,bias}"),
+    ),
+)  # fmt: skip
+
+
 register(
     "rwkv7",
     config=RWKV7Config,
@@ -151,4 +244,5 @@ register(
         "1.5b": dict(hidden_size=2048, num_hidden_layers=24),
         "2.9b": dict(hidden_size=2560, num_hidden_layers=32),
     },
+    layouts=(FLA, PTH),
 )

@@ -4,6 +4,7 @@ That library computes on GPUs only, so what it defines is written down here once
 """
 
 import json
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from zoo.evaluate.closeness import assert_close
 D, L, VOCABULARY = 32, 3, 61
 TOKENS = {"vocab_size": VOCABULARY, "hidden_size": D, "num_hidden_layers": L, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
 PLAIN = {"intermediate_size": 40, "norm_eps": 1e-5, "fuse_norm": True, "fuse_cross_entropy": True}
+RANKS = {"decay_low_rank_dim": 6, "a_low_rank_dim": 5, "v_low_rank_dim": 4, "gate_low_rank_dim": 7}
 CASES = {
     "gla": ("gla", {"num_heads": 2, "attn_mode": "fused_chunk"}),
     "gla-wide": ("gla", {"num_heads": 4, "expand_k": 1, "expand_v": 2, "tie_word_embeddings": True}),
@@ -29,6 +31,9 @@ CASES = {
     "gated_deltanet": ("gated_deltanet", {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "conv_size": 3}),
     "gated_deltanet-plain": ("gated_deltanet", {"num_heads": 2, "head_dim": 6, "use_gate": False, "allow_neg_eigval": True}),
     "kda": ("kda", {"num_heads": 2, "head_dim": 8, "expand_v": 1.5}),
+    "rwkv6": ("rwkv6", {"num_heads": 2, "expand_k": 1.0, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
+    "rwkv7": ("rwkv7", {"head_dim": 8} | RANKS),
+    "rwkv7-tied": ("rwkv7", {"head_dim": 16, "num_heads": 2, "tie_word_embeddings": True} | RANKS),
 }  # fmt: skip
 every_case = pytest.mark.parametrize("case", CASES)
 
@@ -41,7 +46,7 @@ def config_of(case: str) -> dict:
 
 CLASSES = {
     "gla": "GLA", "retnet": "RetNet", "hgrn": "HGRN", "hgrn2": "HGRN2", "delta_net": "DeltaNet", "gated_deltanet": "GatedDeltaNet",
-    "kda": "KDA",
+    "kda": "KDA", "rwkv6": "RWKV6", "rwkv7": "RWKV7",
 }  # fmt: skip
 
 
@@ -101,6 +106,34 @@ def kda_keys(c: dict) -> dict:
     return delta_keys(c, heads * keys, heads * values, heads, values) | low | {"A_log": (heads,), "dt_bias": (heads * keys,)}
 
 
+def rwkv_keys(c: dict, linear: str = "") -> dict:
+    """What both versions share."""
+    inner, norms = c["intermediate_size"], {f"{part}_norm.{kind}": (D,) for part in ("attn", "ffn") for kind in ("weight", "bias")}
+    shapes = {f"attn.{name}_proj{linear if name != 'o' else ''}.weight": (D, D) for name in "rkvo"}
+    shapes |= {"attn.g_norm.weight": (D,), "attn.g_norm.bias": (D,), f"ffn.key{linear}.weight": (inner, D)}
+    return norms | shapes | {"ffn.value.weight": (D, inner)}
+
+
+def rwkv6_keys(c: dict) -> dict:
+    mixes, decays = c["proj_low_rank_dim"], c["gate_low_rank_dim"]
+    shapes = {"x_bias": (5, D), "bonus": (c["num_heads"], D // c["num_heads"]), "x_proj.0.mu": (D,), "x_proj.2.weight": (D, 5 * mixes)}
+    shapes |= {"x_proj.0.linear.weight": (5 * mixes, D), "g_proj.linear.weight": (D, D)}
+    shapes |= {"w_proj.linear.lora.0.weight": (decays, D), "w_proj.linear.lora.2.weight": (D, decays)}
+    shapes |= {"w_proj.linear.lora.2.bias": (D,)}
+    channel = {"ffn.key.mu": (D,), "ffn.receptance.mu": (D,), "ffn.receptance.linear.weight": (D, D)}
+    return rwkv_keys(c, ".linear") | {f"attn.{name}": shape for name, shape in shapes.items()} | channel
+
+
+def rwkv7_keys(c: dict) -> dict:
+    heads = c.get("num_heads") or D // c["head_dim"]
+    shapes = {f"x_{name}": (1, 1, D) for name in "rwkvag"} | {"k_k": (D,), "k_a": (D,), "r_k": (heads, D // heads)}
+    for name, rank in {"w": "decay", "a": "a", "v": "v", "g": "gate"}.items():
+        low = c[f"{rank}_low_rank_dim"]
+        shapes |= {f"{name}_lora.lora.0.weight": (low, D), f"{name}_lora.lora.2.weight": (D, low)}
+        shapes |= {f"{name}_lora.lora.2.bias": (D,)} if name != "g" else {}
+    return rwkv_keys(c) | {f"attn.{name}": shape for name, shape in shapes.items()} | {"ffn.x_k": (D,)}
+
+
 MIXER_KEYS = {
     "gla": gla_keys, "retnet": retnet_keys, "hgrn": hgrn_keys, "hgrn2": hgrn2_keys, "delta_net": delta_net_keys,
     "gated_deltanet": gated_deltanet_keys, "kda": kda_keys,
@@ -110,6 +143,12 @@ MIXER_KEYS = {
 def keys_of(c: dict) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of a model."""
     inner = c["intermediate_size"]
+    if c["model_type"].startswith("rwkv"):
+        block = {"rwkv6": rwkv6_keys, "rwkv7": rwkv7_keys}[c["model_type"]](c)
+        keys = {f"model.layers.{i}.{name}": shape for i in range(L) for name, shape in block.items() if i or "v_lora" not in name}
+        norms = {f"model.{where}.{kind}": (D,) for where in ("norm", "layers.0.pre_norm") for kind in ("weight", "bias")}
+        keys |= norms | {"model.embeddings.weight": (VOCABULARY, D)}
+        return keys if c.get("tie_word_embeddings") else keys | {"lm_head.weight": (VOCABULARY, D)}
     block = {"attn_norm.weight": (D,), "mlp_norm.weight": (D,), "mlp.down_proj.weight": (D, inner)}
     block |= {"mlp.gate_proj.weight": (inner, D), "mlp.up_proj.weight": (inner, D)}
     block |= {f"attn.{name}": shape for name, shape in MIXER_KEYS[c["model_type"]](c).items()}
@@ -263,6 +302,79 @@ def kda(w: Weights, x, c: dict, index: int) -> torch.Tensor:
     return w.linear("o_proj", o.flatten(-2) * torch.sigmoid(w.linear("g_proj.1", w.linear("g_proj.0", x))))
 
 
+def before(x: torch.Tensor) -> torch.Tensor:
+    """The token before each token, minus the token."""
+    return F.pad(x, (0, 0, 1, -1)) - x
+
+
+def rwkv6(w: Weights, x, c: dict, index: int) -> torch.Tensor:
+    heads, back = c["num_heads"], before(x)
+    ranks = torch.tanh(w.linear("x_proj.0.linear", x + back * w["x_proj.0.mu"])).unflatten(-1, (5, -1))
+    shifts = torch.einsum("btnr,dnr->nbtd", ranks, w["x_proj.2.weight"].unflatten(-1, (5, -1))) + w["x_bias"][:, None, None]
+    for_r, for_w, for_k, for_v, for_g = (x + back * shift for shift in shifts)
+    log_decay = -w.linear("w_proj.linear.lora.2", torch.tanh(w.linear("w_proj.linear.lora.0", for_w))).exp()
+    r, k, v = (w.heads(z, heads, f"{name}_proj.linear")[0] for name, z in {"r": for_r, "k": for_k, "v": for_v}.items())
+    decay = log_decay.exp().unflatten(-1, (heads, -1))
+    memory, out = r.new_zeros(*r.shape[:1], *r.shape[2:], v.shape[-1]), []
+    for t in range(x.shape[1]):
+        written = torch.einsum("bhk,bhv->bhkv", k[:, t], v[:, t])
+        out.append(torch.einsum("bhk,bhkv->bhv", r[:, t], memory + w["bonus"][..., None] * written))
+        memory = decay[:, t, ..., None] * memory + written
+    y = F.group_norm(torch.stack(out, 1).flatten(0, 1).flatten(1), heads, w["g_norm.weight"], w["g_norm.bias"], c["norm_eps"])
+    return w.linear("o_proj", y.view_as(x) * F.silu(w.linear("g_proj.linear", for_g)))
+
+
+def rwkv7(w: Weights, x, c: dict, index: int, first: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    heads, back = c.get("num_heads") or D // c["head_dim"], before(x)
+    xr, xw, xk, xv, xa, xg = (x + back * w[f"x_{name}"] for name in "rwkvag")
+
+    def low_rank(name: str, z: torch.Tensor, activation) -> torch.Tensor:
+        return w.linear(f"{name}_lora.lora.2", activation(w.linear(f"{name}_lora.lora.0", z)))
+
+    decay = (-math.exp(-0.5) * low_rank("w", xw, torch.tanh).sigmoid()).exp()
+    k, v, a = w.linear("k_proj", xk), w.linear("v_proj", xv), low_rank("a", xa, lambda z: z).sigmoid()
+    v = v if index == 0 else v + (first - v) * low_rank("v", xv, lambda z: z).sigmoid()
+    removal, written = k * w["k_k"], k * (1 + (a - 1) * w["k_a"])
+    r, decay, values, a, removal, written = (z.unflatten(-1, (heads, -1)) for z in (w.linear("r_proj", xr), decay, v, a, removal, written))
+    removal = removal / removal.norm(dim=-1, keepdim=True)
+    memory, out = r.new_zeros(*r.shape[:1], *r.shape[2:], r.shape[-1]), []
+    for t in range(x.shape[1]):
+        seen = torch.einsum("bhk,bhkv->bhv", removal[:, t], memory)
+        memory = decay[:, t, ..., None] * memory - torch.einsum("bhk,bhv->bhkv", removal[:, t] * a[:, t], seen)
+        memory = memory + torch.einsum("bhk,bhv->bhkv", written[:, t], values[:, t])
+        out.append(torch.einsum("bhk,bhkv->bhv", r[:, t], memory))
+    eps = c["norm_eps"] * (D // heads)
+    y = F.group_norm(torch.stack(out, 1).flatten(0, 1).flatten(1), heads, w["g_norm.weight"], w["g_norm.bias"], eps).view_as(x)
+    y = y + ((r * written * w["r_k"]).sum(-1, keepdim=True) * values).flatten(-2)
+    return w.linear("o_proj", y * low_rank("g", xg, torch.sigmoid)), v if index == 0 else first
+
+
+def rwkv_logits(c: dict, tensors: dict, x: torch.Tensor) -> torch.Tensor:
+    """The body and head of either version, from embeddings on."""
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (D,), tensors[f"model.{name}.weight"], tensors[f"model.{name}.bias"], c["norm_eps"])
+
+    x, first = norm("layers.0.pre_norm", x), None
+    for index in range(L):
+        mixer, channel = (Weights(tensors, f"model.layers.{index}.{part}.") for part in ("attn", "ffn"))
+        y = norm(f"layers.{index}.attn_norm", x)
+        if c["model_type"] == "rwkv6":
+            y = rwkv6(mixer, y, c, index)
+        else:
+            y, first = rwkv7(mixer, y, c, index, first)
+        x = x + y
+        y = norm(f"layers.{index}.ffn_norm", x)
+        if c["model_type"] == "rwkv6":
+            hidden = F.relu(channel.linear("key.linear", y + before(y) * channel["key.mu"])).square()
+            gate = channel.linear("receptance.linear", y + before(y) * channel["receptance.mu"]).sigmoid()
+            x = x + gate * channel.linear("value", hidden)
+        else:
+            x = x + channel.linear("value", F.relu(channel.linear("key", y + before(y) * channel["x_k"])).square())
+    head = "model.embeddings.weight" if c.get("tie_word_embeddings") else "lm_head.weight"
+    return F.linear(norm("norm", x), tensors[head])
+
+
 MIXERS = {
     "gla": gla, "retnet": retnet, "hgrn": hgrn, "hgrn2": hgrn2, "delta_net": delta_net, "gated_deltanet": gated_deltanet, "kda": kda,
 }  # fmt: skip
@@ -272,6 +384,8 @@ def logits_of(c: dict, tensors: dict, ids: torch.Tensor, dtype: torch.dtype) -> 
     """The whole model."""
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     x = tensors["model.embeddings.weight"][ids]
+    if c["model_type"].startswith("rwkv"):
+        return rwkv_logits(c, tensors, x)
     for index in range(L):
         w = Weights(tensors, f"model.layers.{index}.")
         mixer = Weights(tensors, f"model.layers.{index}.attn.")

@@ -76,14 +76,16 @@ class RWKVChannelMix(ChannelMixer):
 
     RWKV-4 (arXiv:2305.13048, eq. 16-18) has the receptance and a width of 4 D, RWKV-5/6 3.5 D; RWKV-7 (arXiv:2503.14456,
     section 4) drops the receptance. State: `shift` `[B, 1, D]`, the last token.
+
+    Args: mix_back: the mixes weigh the token before instead of the token itself, as RWKV-6 and RWKV-7 store them.
     """
 
     lora_targets = ("key", "value", "receptance")
 
-    def __init__(self, config: ZooConfig, *, receptance: bool = True):
+    def __init__(self, config: ZooConfig, *, receptance: bool = True, mix_back: bool = False):
         super().__init__()
         width, inner = config.hidden_size, config.intermediate_size or 4 * config.hidden_size
-        self.width = width
+        self.width, self.mix_back = width, mix_back
         self.key_mix = nn.Parameter(torch.empty(width))
         self.key = nn.Linear(width, inner, bias=False)
         self.value = nn.Linear(inner, width, bias=False)
@@ -94,16 +96,18 @@ class RWKVChannelMix(ChannelMixer):
     def reset_parameters(self) -> None:
         for mix in (self.key_mix, self.receptance_mix):
             if mix is not None:
-                init.copy_(mix, torch.linspace(0, 1, self.width))
+                ramp = torch.linspace(0, 1, self.width)
+                init.copy_(mix, 1 - ramp if self.mix_back else ramp)
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype, device) -> State:
         return {"shift": torch.zeros(batch, 1, self.width, dtype=dtype, device=device)}
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
         before, shift = token_shift(x, state["shift"] if state else None, packing)
-        y = self.value(F.relu(self.key(torch.lerp(before, x, self.key_mix))).square())
+        ends = (x, before) if self.mix_back else (before, x)
+        y = self.value(F.relu(self.key(torch.lerp(*ends, self.key_mix))).square())
         if self.receptance is not None:
-            y = torch.sigmoid(self.receptance(torch.lerp(before, x, self.receptance_mix))) * y
+            y = torch.sigmoid(self.receptance(torch.lerp(*ends, self.receptance_mix))) * y
         return y, {"shift": shift}
 
 
