@@ -90,6 +90,14 @@ def test_grouped_heads_are_repeated_for_the_heads_they_serve():
         fit(weight, torch.Size([12, 1]), 2)
 
 
+def test_weights_that_do_not_fit_are_dropped_with_a_reason(teacher, caplog):
+    student = convert(teacher, mixer="mamba2", window=None)
+    dropped = seed_student(teacher, student).dropped
+    assert "Mamba2Mixer has no q_proj.weight" in dropped["model.layers.0.mixer.q_proj.weight"]
+    assert "number and width of heads" in dropped["model.layers.0.mixer.out_proj.weight"]
+    assert "12 teacher weights have no place" in caplog.text
+
+
 def test_the_recurrent_branch_holds_the_teachers_projections(teacher):
     source, branch = teacher.model.layers[0].mixer, convert(teacher, mixer="gla").model.layers[0].mixer.branches[1]
     assert torch.equal(branch.q_proj.weight, source.q_proj.weight)

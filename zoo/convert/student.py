@@ -1,6 +1,7 @@
 """From a transformer to a hybrid that keeps some of its attention layers."""
 
 import copy
+import logging
 from collections.abc import Iterable
 from dataclasses import fields
 
@@ -13,6 +14,8 @@ from zoo.config import ZooConfig
 from zoo.convert.teacher import check_teacher
 from zoo.convert.weights import seed_student
 from zoo.models.hybrid import HybridConfig
+
+logger = logging.getLogger(__name__)
 
 
 def convert(
@@ -40,7 +43,7 @@ def convert(
         a `HybridForCausalLM` in the teacher's dtype, on its device, in evaluation mode.
 
     Raises:
-        ValueError: the teacher is no transformer, a layer to keep does not exist, the mixer is unknown or does not fit.
+        ValueError: the teacher is no transformer, a layer to keep does not exist, the mixer or one of its fields is unknown.
     """
     check_teacher(teacher)
     if mixer not in registry.list_mixers():
@@ -60,7 +63,10 @@ def convert(
     config = HybridConfig(**teacher.config.shared_fields(), plan=plan)
     with torch.device(teacher.device):
         student = model_class(config, "causal_lm")(config).to(teacher.dtype)
-    seed_student(teacher, student)
+    account = seed_student(teacher, student)
+    if account.dropped:
+        reasons = sorted(set(account.dropped.values()))
+        logger.warning("%d teacher weights have no place in the student: %s", len(account.dropped), "; ".join(reasons))
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
 

@@ -49,7 +49,7 @@ def seed_student(teacher: nn.Module, student: nn.Module) -> Account:
     """Fill a student with its teacher's weights: all but the mixers is copied, the mixers by `seed_mixer`.
 
     Raises:
-        ValueError: a teacher weight without a place, or shapes that no rule joins; layer and weight are named.
+        ValueError: a teacher weight that was forgotten.
     """
     account, filled = Account(), set()
     target = student.state_dict()
@@ -60,10 +60,7 @@ def seed_student(teacher: nn.Module, student: nn.Module) -> Account:
             filled.add(key)
     for index, (source, block) in enumerate(zip(teacher.model.layers, student.model.layers, strict=True)):
         prefix = f"model.layers.{index}.mixer."
-        try:
-            filled |= {prefix + name for name in seed_mixer(source.mixer, block.mixer, account, prefix)}
-        except ValueError as error:
-            raise ValueError(f"layer {index}: {error}") from error
+        filled |= {prefix + name for name in seed_mixer(source.mixer, block.mixer, account, prefix)}
     return account.close(teacher, student, filled)
 
 
@@ -72,7 +69,7 @@ def seed_mixer(source: Mixer, mixer: Mixer, account: Account, prefix: str) -> se
     """Seed one mixer from an attention layer; the names of its parameters that were filled.
 
     Attention is copied whole. Branches that stand side by side are seeded each. Any other mixer takes the projections of
-    `ROLES` that it has by name; its key and value heads may be more than the attention's, its biases fewer.
+    `ROLES` that it has by name and in a shape that `fit` can make; the account says why any was dropped.
     """
     if hasattr(mixer, "branches"):
         parts = ((f"branches.{i}.", branch) for i, branch in enumerate(mixer.branches))
@@ -94,7 +91,8 @@ def seed_mixer(source: Mixer, mixer: Mixer, account: Account, prefix: str) -> se
         try:
             own[name].copy_(fit(weight, own[name].shape, source.keys))
         except ValueError as error:
-            raise ValueError(f"{type(mixer).__name__}.{name}: {error}") from error
+            account.dropped[prefix + name] = f"{type(mixer).__name__}.{name}: {error}"
+            continue
         account.seeded.add(prefix + name)
         filled.add(name)
     return filled
