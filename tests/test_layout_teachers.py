@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_layout import token_ids, write_config
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ ATTENTION = {
     "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }  # fmt: skip
+TURNING = {"rope_type": "default", "rope_theta": 1e4}
 MAMBA = {"hidden_size": 36, "num_hidden_layers": 2, "state_size": 5}
 SIZES = {
     "phi3": ATTENTION,
@@ -25,7 +27,12 @@ SIZES = {
     "falcon_mamba": MAMBA,
     "mamba2": {"hidden_size": 36, "num_hidden_layers": 2, "num_heads": 6, "head_dim": 12, "state_size": 5, "n_groups": 3, "chunk_size": 8},
     "rwkv": {"hidden_size": 36, "num_hidden_layers": 3},
+    "gpt2": {"n_embd": 36, "n_layer": 3, "n_head": 6, "n_positions": 128},
+    "gpt_neox": {"hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 6}
+    | {"rope_parameters": TURNING | {"partial_rotary_factor": 0.34}},
+    "gemma2": ATTENTION | {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 5},
 }  # fmt: skip
+NEOX_PLAIN = {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"}
 CASES = {
     "phi3": ("phi3", {}),
     "phi3-window": ("phi3", {"sliding_window": 5, "num_key_value_heads": 6, "tie_word_embeddings": True}),
@@ -41,6 +48,21 @@ CASES = {
     "mamba2-biased": ("mamba2", {"n_groups": 1, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "time_step_min": 1e-2}),
     "mamba2-tied": ("mamba2", {"n_groups": 2, "tie_word_embeddings": True, "layer_norm_epsilon": 1e-3}),
     "rwkv": ("rwkv", {}),
+    "gpt2": ("gpt2", {}),
+    "gpt2-untied": ("gpt2", {"n_inner": 52, "activation_function": "relu", "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3}),
+    "gpt_neox": ("gpt_neox", {"rope_parameters": TURNING | {"partial_rotary_factor": 0.7}}),
+    "gpt_neox-sequential": ("gpt_neox", NEOX_PLAIN),
+    "gpt_neox-stretched": (
+        "gpt_neox",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.5, "partial_rotary_factor": 1.0}},
+    ),
+    "gemma2": ("gemma2", {}),
+    "gemma2-full": (
+        "gemma2",
+        {"layer_types": ["full_attention", "full_attention", "sliding_attention"], "attention_bias": True, "hidden_size": 48}
+        | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": None, "tie_word_embeddings": False},
+    ),
+    "gemma2-uncapped": ("gemma2", {"attn_logit_softcapping": None, "hidden_activation": "silu", "num_key_value_heads": 6}),
     "rwkv-tied": ("rwkv", {"intermediate_size": 52, "tie_word_embeddings": True}),
 }
 CONV = ("conv1d",)
@@ -50,6 +72,9 @@ MERGED = {
     "falcon_mamba": CONV,
     "mamba2": CONV,
     "rwkv": ("time_mix",),
+    "gpt2": ("attn.c_", "mlp.c_"),
+    "gpt_neox": ("query_key_value",),
+    "gemma2": (),
 }  # foreign keys that change more than their name
 ROUNDED = ("mamba", "falcon_mamba", "mamba2", "rwkv")  # transformers computes parts of these in float32, whatever their dtype
 FORGOTTEN = {"max_position_embeddings", "_name_or_path", "attention_dropout", "chunk_size"}
@@ -60,7 +85,7 @@ every_kind = pytest.mark.parametrize("kind", SIZES)
 def foreign_model(kind: str, **fields):
     """A tiny model of transformers with no parameter at a special value."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**TOKENS | SIZES[kind] | fields)).eval()
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**TOKENS | SIZES[kind] | fields), attn_implementation="eager").eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -139,14 +164,15 @@ def test_written_back_it_is_what_it_was(saved, case, tmp_path):
 def test_every_key_has_one_counterpart(saved, case):
     theirs, folder = saved(case)
     ours, report = zoo.from_pretrained(folder, output_loading_info=True)
-    kind, tied = CASES[case][0], theirs.config.tie_word_embeddings
-    heads = {name for name in theirs.state_dict() if tied and name.split(".")[-2] in ("lm_head", "head")}
+    kind, stored = CASES[case][0], set(load_file(folder / "model.safetensors"))
     changed = {name for names in report.transformed.values() for name in names}
-    assert set(report.taken) | changed == set(theirs.state_dict()) - heads
-    assert set(report.taken.values()) | set(report.transformed) == set(ours.state_dict()) - ({"lm_head.weight"} if tied else set())
-    assert changed == {name for name in theirs.state_dict() if any(part in name for part in MERGED[kind])}
+    assert set(report.taken) | changed == stored
+    tied = {"lm_head.weight"} if theirs.config.tie_word_embeddings else set()
+    assert set(report.taken.values()) | set(report.transformed) == set(ours.state_dict()) - tied
+    assert changed == {name for name in stored if any(part in name for part in MERGED[kind])}
     assert not (report.fresh or report.dropped)
     back = layout_of(kind).to_foreign(ours.state_dict(), ours)
+    assert back.keys() == stored
     there, _ = layout_of(kind).to_zoo(back, ours)
     assert all(torch.equal(there[name], tensor) for name, tensor in ours.state_dict().items() if name in there)
     assert all(tensor.is_contiguous() for made in (back, there) for tensor in made.values())
@@ -175,6 +201,11 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0
         ("mamba", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
         ("mamba2", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
         ("mamba2", {"time_step_limit": [0.0, 1.0]}, "time_step_limit .* is not supported"),
+        ("gpt2", {"activation_function": "tanh"}, "hidden_act 'tanh' is not supported"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "only scale_attn_by_inverse_layer_idx=False"),
+        ("gpt_neox", {"rope_parameters": TURNING | {"partial_rotary_factor": 0.5}}, "turns 3 channels of a head"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True is not supported"),
+        ("gemma2", {"rope_parameters": TURNING | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor other than 1"),
         ("rwkv", {"attention_hidden_size": 72}, "attention_hidden_size=72 other than hidden_size=36"),
         ("rwkv", {"layer_norm_epsilon": 1e-3}, "layer_norm_epsilon=0.001 is not supported"),
     ],
@@ -196,6 +227,11 @@ def test_what_we_cannot_express_is_refused(tmp_path, kind, changes, message):
         ("mamba", {"inner_norm": "weighted"}, "falcon_mamba", "cannot express inner_norm='weighted'"),
         ("mamba2", {}, "mamba2", "only norm_groups=1 can be expressed"),
         ("mamba2", {"norm_groups": 2}, "mamba2", "cannot express norm_groups=2"),
+        ("gpt2", {"norm": "rmsnorm"}, "gpt2", "cannot express norm='rmsnorm'"),
+        ("gpt2", {"channel_args": {"bias": False}}, "gpt2", "cannot express channel_args="),
+        ("gpt_neox", {"output_norms": True}, "gpt_neox", "cannot express output_norms=True"),
+        ("gemma2", {"embedding_scale": 2.0}, "gemma2", "cannot express embedding_scale=2.0"),
+        ("gemma2", {"output_norms": False}, "gemma2", "cannot express output_norms=False"),
         ("rwkv4", {"norm_eps": 1e-3}, "rwkv", "layer_norm_epsilon=0.001 is not supported"),
         ("rwkv4", {"embedding_norm": False}, "rwkv", "cannot express embedding_norm=False"),
     ],

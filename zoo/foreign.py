@@ -11,6 +11,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as HEADS  # some are called ...LMHeadModel
 from transformers.utils import cached_file
 
 from zoo.auto import TASKS, model_class
@@ -75,12 +76,15 @@ def save_foreign(model, folder: str | os.PathLike, layout: str, *, max_shard_siz
     if alone:
         foreign = described(table.to_foreign(model.state_dict(), model))
     table.check_expressible(model.config, with_defaults(foreign, table))
-    foreign |= {name: getattr(model.config, name) for name in LABELS if getattr(model.config, name, None) is not None}
-    foreign["dtype"] = str(model.dtype).removeprefix("torch.")
+    if table.model_types:  # other configs may hold what their library knows, and nothing else
+        foreign |= {name: getattr(model.config, name) for name in LABELS if getattr(model.config, name, None) is not None}
+        foreign["dtype"] = str(model.dtype).removeprefix("torch.")
     known = None if table.complete else config_class(foreign.get("model_type"))
     classes = known.__name__.removesuffix("Config") if known else table.classes
     if classes:
-        foreign["architectures"] = [classes + next(suffix for suffix, cls in entry.models.items() if isinstance(model, cls))]
+        suffix = next(suffix for suffix, cls in entry.models.items() if isinstance(model, cls))
+        other = HEADS.get(foreign.get("model_type")) if known and suffix == "ForCausalLM" else None
+        foreign["architectures"] = [other or classes + suffix]
     state = table.to_foreign(model.state_dict(), model)
     with whole_or_nothing(folder) as stage:
         if table.file.endswith(".safetensors"):
@@ -117,6 +121,8 @@ def saved_task(config: dict) -> str | None:
     """Which of our tasks the checkpoint was saved as."""
     written = (config.get("architectures") or [""])[0]
     suffix = next((suffix for suffix in AUTO if written.endswith(suffix)), None)
+    if written and written == HEADS.get(config.get("model_type")):
+        suffix = "ForCausalLM"
     return next((task for task, own in TASKS.items() if own == suffix), None)
 
 
