@@ -39,6 +39,7 @@ class GatedDeltaNetConfig(ZooConfig):
     conv_kernel: int | None = 4  # W, tokens the short convolution sees; None or 0: no convolution
     use_gate: bool = True  # gate the output
     allow_negative_eigenvalues: bool = False  # beta reaches 2 instead of 1
+    output_norm_eps: float | None = None  # None: norm_eps
 
     def validate_heads(self):
         """Value heads must share query heads evenly, and have whole channels."""
@@ -67,7 +68,7 @@ class GatedDeltaNetMixer(Mixer):
         self.decay_proj = nn.Linear(width, self.heads, bias=False)
         self.decay = SoftplusDecay(self.heads, least=1e-4)
         self.gate_proj = nn.Linear(width, self.sizes[2], bias=False) if config.use_gate else None
-        self.norm = GatedNorm(self.values, eps=config.norm_eps)
+        self.norm = GatedNorm(self.values, eps=config.output_norm_eps or config.norm_eps)
         self.out_proj = nn.Linear(self.sizes[2], width, bias=False)
         if not config.use_gate:
             self.lora_targets = tuple(name for name in self.lora_targets if name != "gate_proj")

@@ -62,7 +62,8 @@ class RecurrentGemmaConfig(ZooConfig):
 
 
 NAMES = {
-    "norm_eps": "rms_norm_eps", "logit_softcap": "logits_soft_cap", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps", "logit_softcap": "logits_soft_cap", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
     "window": "attention_window_size", "qkv_bias": "attention_bias", "lru_width": "lru_width", "conv_kernel": "conv1d_width",
 }  # fmt: skip
 APART = ("initializer_range",)  # theirs draws every matrix by a rule of its own

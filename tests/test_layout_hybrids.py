@@ -26,6 +26,11 @@ BAMBA = {
     "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 2,
     "mamba_chunk_size": 8,
 }  # fmt: skip
+OLMO = BOTH | {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": None},
+}  # fmt: skip
+MINIMAX = BOTH | {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
 CASES = {
     "qwen3_next": ("qwen3_next", QWEN),
     "qwen3_next-dense-biased": (
@@ -63,12 +68,29 @@ CASES = {
             "tie_word_embeddings": False,
         },
     ),
+    "olmo_hybrid": ("olmo_hybrid", OLMO),
+    "olmo_hybrid-biased": (
+        "olmo_hybrid",
+        OLMO | {"attention_bias": True, "linear_num_value_heads": 4, "linear_allow_neg_eigval": False, "tie_word_embeddings": True},
+    ),
+    "olmo_hybrid-turned": (
+        "olmo_hybrid",
+        OLMO | {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "linear_value_head_dim": 12},
+    ),
+    "minimax": ("minimax", MINIMAX),
+    "minimax-weighted": (
+        "minimax",
+        MINIMAX
+        | {"full_attn_alpha_factor": 2.5, "linear_attn_alpha_factor": 3.5, "linear_attn_beta_factor": 0.5, "mlp_alpha_factor": 1.5}
+        | {"sliding_window": 6, "num_local_experts": 3, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+    ),
 }  # fmt: skip
 # what does not change what a model computes, or is said by another field
 FORGOTTEN = {
     "max_position_embeddings", "_name_or_path", "attention_dropout", "router_aux_loss_coef", "decoder_sparse_step",
     "output_router_logits", "use_mamba_kernels", "mamba_chunk_size", "block_auto_adjust_ff_dim", "block_multiple_of",
-    "w_init_variance_scale",
+    "w_init_variance_scale", "linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor",
+    "router_jitter_noise",
 }  # fmt: skip
 RECKONED = {"lfm2": {"intermediate_size"}, "jamba-biased": {"num_experts_per_tok"}}  # written as what it amounts to
 every_case = pytest.mark.parametrize("case", CASES)

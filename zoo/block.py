@@ -17,20 +17,25 @@ class Block(GradientCheckpointingLayer):
 
     With `post_norm` the norms follow the sums, with `output_norms` there are two more on what the mixers return (Gemma 2,
     arXiv:2408.00118), and with `parallel_residual` the block is `x + mixer(norm(x)) + channel_mixer(norm'(x))` (GPT-NeoX,
-    arXiv:2204.06745).
+    arXiv:2204.06745). Without `input_norms` only those behind remain, and `residual_weights` weigh both sides of the sums.
     """
 
     def __init__(self, config: ZooConfig, layer: int):
         super().__init__()
         self.mixer = registry.get(config.name).mixer(config, layer)
-        self.mixer_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.mixer_norm = self._input_norm(config)
         self.post_norm, self.parallel = config.post_norm, config.parallel_residual
+        self.weights = config.residual_weights
         self.mixer_output_norm = self._output_norm(config)
         self.channel_mixer = None
         if config.channel_mixer is not None:
             self.channel_mixer = registry.get_channel_mixer(config.channel_mixer)(config, **config.channel_args or {})
-            self.channel_norm = make_norm(config.norm, config.hidden_size, config.norm_eps)
+            self.channel_norm = self._input_norm(config)
             self.channel_output_norm = self._output_norm(config)
+
+    @staticmethod
+    def _input_norm(config: ZooConfig) -> nn.Module:
+        return make_norm(config.norm, config.hidden_size, config.norm_eps) if config.input_norms else nn.Identity()
 
     @staticmethod
     def _output_norm(config: ZooConfig) -> nn.Module:
@@ -46,13 +51,19 @@ class Block(GradientCheckpointingLayer):
         else:
             y, new_state = self.mixer(inner, mixer_state, packing)
         before = x
-        x = self.mixer_norm(x + y) if self.post_norm else x + self.mixer_output_norm(y)
+        x = self._add(x, self.mixer_output_norm(y), 0)
+        x = self.mixer_norm(x) if self.post_norm else x
         if self.channel_mixer is not None:
             inner = before if self.parallel else x
             y, channel_state = self.channel_mixer(inner if self.post_norm else self.channel_norm(inner), channel_state, packing)
-            x = self.channel_norm(x + y) if self.post_norm else x + self.channel_output_norm(y)
+            x = self._add(x, self.channel_output_norm(y), 2)
+            x = self.channel_norm(x) if self.post_norm else x
             new_state = new_state | {CHANNEL + name: t for name, t in channel_state.items()}
         return x, new_state, carry
+
+    def _add(self, x: Tensor, y: Tensor, first: int) -> Tensor:
+        """The residual sum, with the weights at `first` where there are any."""
+        return x + y if self.weights is None else self.weights[first] * x + self.weights[first + 1] * y
 
     def initial_state(self, batch: int, length: int, dtype, device) -> State:
         """The joint state of both mixers; see `Mixer.initial_state`."""

@@ -41,8 +41,10 @@ class ZooConfig(PreTrainedConfig):
     norm: str = "rmsnorm"  # rmsnorm, layernorm, or unit_rmsnorm (weight stored as offset from one)
     norm_eps: float = 1e-5
     post_norm: bool = False  # normalise after the residual sum instead of before the mixer
+    input_norms: bool = True  # False: no norm before the mixers (with `output_norms`, so that there is one behind)
     output_norms: bool = False  # norms also on what both mixers return, before it is added
     parallel_residual: bool = False  # both mixers read the block's input, each through its own norm
+    residual_weights: list[float] | None = None  # a, b of the mixer's sum `a x + b y`, then of the channel mixer's; None: all 1
     embedding_norm: bool = False  # a norm between embedding and first block
     embedding_scale: float = 1.0  # embeddings are multiplied by this
     max_position_embeddings: int | None = None  # rows of a learned position table; None: no table, any length

@@ -161,6 +161,16 @@ def squeeze(foreign: str, own: str) -> Rule:
     return mapped(foreign, own, lambda x: x.squeeze(1) if x.ndim == 3 else x, lambda x: x.unsqueeze(1) if x.ndim == 2 else x)
 
 
+def convolutions(foreign: list[str], own: str, sizes: Callable[[ZooConfig], list[int]]) -> Rule:
+    """The weights of several depthwise convolutions of these widths, `[D, 1, W]`, which are one of ours, `[sum of D, W]`."""
+    return Rule(
+        tuple(map(Pattern, foreign)),
+        (Pattern(own),),
+        lambda x, shapes, config: [torch.cat(x).squeeze(1)],
+        lambda x, config: [part.clone() for part in x[0].unsqueeze(1).split(sizes(config))],
+    )
+
+
 def fresh(own: str) -> Rule:
     """Keys the foreign checkpoint does not have: they start untrained, and are left out when saving."""
     return Rule(own=(Pattern(own),))
