@@ -191,6 +191,15 @@ def test_half_precision_and_bare_bodies_keep_their_bits(kind, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in body.state_dict().items())
 
 
+@torch.no_grad()
+def test_embeddings_are_scaled_as_in_half_precision_training(tmp_path):
+    """The square root of the width is rounded before it is multiplied."""
+    theirs, ids = foreign_model("gemma2", hidden_size=78).bfloat16(), token_ids(1, 9)
+    theirs.save_pretrained(tmp_path)
+    expected = theirs(ids, output_hidden_states=True).hidden_states[0]
+    assert torch.equal(zoo.from_pretrained(tmp_path)(ids, output_hidden_states=True).hidden_states[0], expected)
+
+
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
 
 

@@ -134,7 +134,8 @@ class ZooModel(ZooPreTrainedModel):
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         x = self.embed_tokens(input_ids)
-        return x if self.config.embedding_scale == 1.0 else x * self.config.embedding_scale
+        scale = self.config.embedding_scale
+        return x if scale == 1.0 else x * x.new_full((), scale)  # rounded to the activations' dtype, as models were trained
 
     def _position(self, x: Tensor, entry: Entry, cache: ZooCache | None) -> Tensor:
         """Add learned positions and normalise the embeddings, where the config asks for it."""
