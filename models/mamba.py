@@ -136,8 +136,10 @@ RULES = (
     rename("lm_head.weight", "lm_head.weight"),
     rename("score.{weight,bias}", "score.{weight,bias}"),
 )
+ALIASES = (("backbone.embedding.weight", "backbone.embeddings.weight"),)
 LAYOUTS = tuple(
-    Layout(kind, (kind,), from_mamba, partial(to_mamba, kind=kind), RULES, prefix="backbone.") for kind in ("mamba", "falcon_mamba")
+    Layout(kind, (kind,), from_mamba, partial(to_mamba, kind=kind), RULES, prefix="backbone.", aliases=ALIASES)
+    for kind in ("mamba", "falcon_mamba")
 )
 
 

@@ -139,6 +139,7 @@ def to_mamba2(config: Mamba2Config) -> dict:
 
 MAMBA2 = Layout(
     "mamba2", ("mamba2",), from_mamba2, to_mamba2, prefix="backbone.",
+    aliases=(("backbone.embedding.weight", "backbone.embeddings.weight"),),
     rules=(
         rename("backbone.embeddings.weight", "model.embed_tokens.weight"),
         rename("backbone.layers.{}.norm.weight", "model.layers.{}.mixer_norm.weight"),

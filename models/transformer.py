@@ -102,6 +102,9 @@ def from_llama(foreign: dict) -> dict:
     fields["rope_fraction"] = float(rope.pop("partial_rotary_factor", 1.0))
     if fields["rope_fraction"] != 1.0 and foreign["model_type"] != "phi3":
         raise ValueError(f"a {foreign['model_type']} with partial_rotary_factor other than 1 is not supported")
+    turning = int((fields["head_dim"] or foreign["hidden_size"] // foreign["num_attention_heads"]) * fields["rope_fraction"])
+    if turning % 2:
+        raise ValueError(f"partial_rotary_factor={fields['rope_fraction']} turns {turning} channels of a head; it must be an even number")
     fields["rope_scaling"] = None if rope["rope_type"] == "default" else {n: v for n, v in rope.items() if n != "type"}
     check_rope_scaling(fields["rope_scaling"])
     if foreign["hidden_act"] not in ACTS:

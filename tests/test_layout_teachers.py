@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_layout import token_ids, write_config
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
@@ -191,6 +191,35 @@ def test_half_precision_and_bare_bodies_keep_their_bits(kind, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in body.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "kind, old, new",
+    [
+        ("mamba", "backbone.embedding.weight", "backbone.embeddings.weight"),
+        ("mamba2", "backbone.embedding.weight", "backbone.embeddings.weight"),
+        ("gpt_neox", "lm_head.weight", "embed_out.weight"),
+    ],
+)
+def test_names_of_other_releases_are_read(tmp_path, kind, old, new):
+    theirs = foreign_model(kind)
+    theirs.save_pretrained(tmp_path)
+    expected, stored = zoo.from_pretrained(tmp_path).state_dict(), load_file(tmp_path / "model.safetensors")
+    save_file({old if name == new else name: tensor for name, tensor in stored.items()}, tmp_path / "model.safetensors")
+    assert new in stored and all(torch.equal(t, expected[n]) for n, t in zoo.from_pretrained(tmp_path).state_dict().items())
+
+
+def test_masks_among_the_weights_are_dropped(tmp_path):
+    """Checkpoints of old releases hold them."""
+    theirs = foreign_model("gpt2")
+    theirs.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    masks = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 8, 8) for layer in range(3)}
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in (stored | masks).items() if name != "lm_head.weight"}
+    save_file(bare, tmp_path / "model.safetensors")
+    ours, report = zoo.from_pretrained(tmp_path, output_loading_info=True)
+    assert report.dropped.keys() == masks.keys()
+    assert torch.equal(ours.model.embed_tokens.weight, theirs.transformer.wte.weight)
+
+
 @torch.no_grad()
 def test_embeddings_are_scaled_as_in_half_precision_training(tmp_path):
     """The square root of the width is rounded before it is multiplied."""
@@ -207,6 +236,7 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0
     "kind, changes, message",
     [
         ("phi3", {"rope_parameters": LONG}, "rope_type 'longrope' is not supported"),
+        ("phi3", {"rope_parameters": TURNING | {"partial_rotary_factor": 0.5}}, "turns 3 channels of a head"),
         ("mamba", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
         ("mamba2", {"hidden_act": "relu"}, "hidden_act 'relu' is not supported"),
         ("mamba2", {"time_step_limit": [0.0, 1.0]}, "time_step_limit .* is not supported"),
