@@ -21,6 +21,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.fla import SILU, fla_layout, from_fla
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
 from zoo.kernels.scan.selective import selective_flops
@@ -28,6 +29,7 @@ from zoo.layers import GatedNorm, ShortConv, wide
 from zoo.layout import Layout, rename, squeeze
 from zoo.mixer import Mixer, State
 from zoo.registry import register
+from zoo.state_spaces import state_spaces_layout
 from zoo.terms import COMMON
 
 
@@ -141,6 +143,32 @@ LAYOUTS = tuple(
     Layout(kind, (kind,), from_mamba, partial(to_mamba, kind=kind), RULES, prefix="backbone.", aliases=ALIASES)
     for kind in ("mamba", "falcon_mamba")
 )
+FLA = fla_layout(
+    "mamba",
+    "Mamba",
+    RULES,
+    same={
+        "state_size": "state_size", "expand": "expand", "conv_kernel": "conv_kernel", "conv_bias": "use_conv_bias", "bias": "use_bias",
+    },
+    defaults={
+        "num_hidden_layers": 48, "norm_eps": 1e-5, "pad_token_id": 0, "state_size": 16, "expand": 2.0, "conv_kernel": 4,
+        "use_conv_bias": True, "use_bias": False, "dt_rank": "auto",
+    },
+    only={"hidden_act": SILU},
+    read=lambda foreign: {"step_rank": None if foreign["dt_rank"] == "auto" else foreign["dt_rank"]},
+    write=lambda config: {"dt_rank": config.step_rank or -(-config.hidden_size // 16)},
+    mlp=False,
+    matches=from_fla,
+    prefix="backbone.",
+)  # fmt: skip
+ORIGINAL = state_spaces_layout(
+    "mamba-original",
+    "Mamba1",
+    (rename("backbone.embedding.weight", "model.embed_tokens.weight"), *RULES[1:]),
+    defaults={"d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": "auto", "conv_bias": True, "bias": False},
+    same={"state_size": "d_state", "conv_kernel": "d_conv", "conv_bias": "conv_bias", "bias": "bias", "step_rank": "dt_rank"},
+    only={},
+)
 
 
 register(
@@ -157,5 +185,5 @@ register(
         "1.4b": dict(hidden_size=2048, num_hidden_layers=48, vocab_size=50280, tie_word_embeddings=True),
         "2.8b": dict(hidden_size=2560, num_hidden_layers=64, vocab_size=50280, tie_word_embeddings=True),
     },
-    layouts=LAYOUTS,
+    layouts=(*LAYOUTS, FLA, ORIGINAL),
 )

@@ -19,6 +19,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.fla import SILU, fla_layout, from_fla
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
@@ -26,6 +27,7 @@ from zoo.layers import GatedNorm, ShortConv, merge_heads, split_heads, wide
 from zoo.layout import Layout, rename, squeeze
 from zoo.mixer import Mixer, State
 from zoo.registry import register
+from zoo.state_spaces import state_spaces_layout
 from zoo.terms import COMMON
 
 
@@ -137,19 +139,51 @@ def to_mamba2(config: Mamba2Config) -> dict:
     return fields | {"expand": int(config.expand), "num_heads": inner // config.head_dim, "time_step_rank": -(-config.hidden_size // 16)}
 
 
-MAMBA2 = Layout(
-    "mamba2", ("mamba2",), from_mamba2, to_mamba2, prefix="backbone.",
-    aliases=(("backbone.embedding.weight", "backbone.embeddings.weight"),),
-    rules=(
-        rename("backbone.embeddings.weight", "model.embed_tokens.weight"),
-        rename("backbone.layers.{}.norm.weight", "model.layers.{}.mixer_norm.weight"),
-        rename("backbone.layers.{}.mixer.{in,out}_proj.{weight,bias}", "model.layers.{}.mixer.{in,out}_proj.{weight,bias}"),
-        rename("backbone.layers.{}.mixer.{A_log,D,dt_bias,norm.weight}", "model.layers.{}.mixer.{A_log,D,dt_bias,norm.weight}"),
-        squeeze("backbone.layers.{}.mixer.conv1d.{weight,bias}", "model.layers.{}.mixer.conv.{weight,bias}"),
-        rename("backbone.norm_f.weight", "model.norm.weight"),
-        rename("lm_head.weight", "lm_head.weight"),
-        rename("score.{weight,bias}", "score.{weight,bias}"),
-    ),
+RULES = (
+    rename("backbone.embeddings.weight", "model.embed_tokens.weight"),
+    rename("backbone.layers.{}.norm.weight", "model.layers.{}.mixer_norm.weight"),
+    rename("backbone.layers.{}.mixer.{in,out}_proj.{weight,bias}", "model.layers.{}.mixer.{in,out}_proj.{weight,bias}"),
+    rename("backbone.layers.{}.mixer.{A_log,D,dt_bias,norm.weight}", "model.layers.{}.mixer.{A_log,D,dt_bias,norm.weight}"),
+    squeeze("backbone.layers.{}.mixer.conv1d.{weight,bias}", "model.layers.{}.mixer.conv.{weight,bias}"),
+    rename("backbone.norm_f.weight", "model.norm.weight"),
+    rename("lm_head.weight", "lm_head.weight"),
+    rename("score.{weight,bias}", "score.{weight,bias}"),
+)
+ALIASES = (("backbone.embedding.weight", "backbone.embeddings.weight"),)
+MAMBA2 = Layout("mamba2", ("mamba2",), from_mamba2, to_mamba2, RULES, prefix="backbone.", aliases=ALIASES)
+FLA = fla_layout(
+    "mamba2",
+    "Mamba2",
+    RULES,
+    same={
+        "head_dim": "head_dim", "state_size": "state_size", "expand": "expand", "num_groups": "n_groups", "conv_kernel": "conv_kernel",
+        "conv_bias": "use_conv_bias", "bias": "use_bias", "dt_min": "dt_min", "dt_max": "dt_max",
+    },
+    defaults={
+        "num_hidden_layers": 48, "norm_eps": 1e-5, "pad_token_id": 0, "head_dim": 64, "state_size": 128, "expand": 2.0, "n_groups": 1,
+        "conv_kernel": 4, "use_conv_bias": True, "use_bias": False, "dt_min": 0.001, "dt_max": 0.1,
+    },
+    only={
+        "hidden_act": SILU, "rmsnorm": (True,), "norm_before_gate": (False,), "D_has_hdim": (False,),
+        "dt_limit": ([0.0, math.inf], (0.0, math.inf)),
+    },
+    mlp=False,
+    matches=from_fla,
+    prefix="backbone.",
+)  # fmt: skip
+ORIGINAL = state_spaces_layout(
+    "mamba2-original",
+    "Mamba2",
+    (rename("backbone.embedding.weight", "model.embed_tokens.weight"), *RULES[1:]),
+    defaults={
+        "d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1, "conv_bias": True, "bias": False, "dt_min": 0.001,
+        "dt_max": 0.1,
+    },
+    same={
+        "head_dim": "headdim", "state_size": "d_state", "num_groups": "ngroups", "conv_kernel": "d_conv", "conv_bias": "conv_bias",
+        "bias": "bias", "dt_min": "dt_min", "dt_max": "dt_max",
+    },
+    only={"rmsnorm": True, "norm_before_gate": False, "D_has_hdim": False},
 )  # fmt: skip
 
 _PUBLISHED = dict(vocab_size=50288, tie_word_embeddings=True)
@@ -168,5 +202,5 @@ register(
         "1.3b": dict(hidden_size=2048, num_hidden_layers=48, **_PUBLISHED),
         "2.7b": dict(hidden_size=2560, num_hidden_layers=64, **_PUBLISHED),
     },
-    layouts=(MAMBA2,),
+    layouts=(MAMBA2, FLA, ORIGINAL),
 )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from zoo.attending import AttentionMixer
 from zoo.config import ZooConfig
+from zoo.fla import GATED_MLP, SHELL, fla_layout, layer
 from zoo.kernels.packing import Packing
 from zoo.layers import RMSNorm, check_rope_scaling, merge_heads, rotary_table, rotate, split_heads, token_positions
 from zoo.layout import Layout, drop, rename, split
@@ -171,6 +172,34 @@ LAYOUTS = tuple(
 )
 
 
+def read_fla(foreign: dict) -> dict:
+    """Further fields for a config of flash-linear-attention, whose norms of queries and keys have an epsilon of their own."""
+    if foreign["qk_norm"] and foreign["norm_eps"] != 1e-5:
+        raise ValueError(f"a transformer with qk_norm is supported with norm_eps=1e-05 only, not {foreign['norm_eps']}")
+    return {"head_dim": foreign["hidden_size"] // foreign["num_heads"]}
+
+
+FLA = fla_layout(
+    "transformer",
+    "Transformer",
+    (
+        layer("attn.{q,k,v,o}_proj.{weight,bias}", "mixer.{q,k,v,out}_proj.{weight,bias}"),
+        layer("attn.{q,k}_norm.weight", "mixer.{q,k}_norm.weight"),
+        *GATED_MLP,
+        *SHELL,
+    ),
+    same={
+        "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "qkv_bias": "qkv_bias", "qk_norm": "qk_norm",
+        "window": "window_size", "rope_theta": "rope_theta",
+    },
+    defaults={
+        "num_heads": 32, "num_kv_heads": None, "qkv_bias": False, "qk_norm": False, "window_size": None, "rope_theta": 10000.0,
+    },
+    only={"elementwise_affine": (True,)},
+    read=read_fla,
+)  # fmt: skip
+
+
 register(
     "transformer",
     config=TransformerConfig,
@@ -186,5 +215,5 @@ register(
         "340m": dict(hidden_size=1024, num_hidden_layers=24, num_heads=16, tie_word_embeddings=True),
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24, num_heads=32),
     },
-    layouts=LAYOUTS,
+    layouts=(*LAYOUTS, FLA),
 )  # fmt: skip

@@ -31,6 +31,8 @@ CASES = {
     "gated_deltanet": ("gated_deltanet", {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "conv_size": 3}),
     "gated_deltanet-plain": ("gated_deltanet", {"num_heads": 2, "head_dim": 6, "use_gate": False, "allow_neg_eigval": True}),
     "kda": ("kda", {"num_heads": 2, "head_dim": 8, "expand_v": 1.5}),
+    "transformer": ("transformer", {"num_heads": 4, "num_kv_heads": 2, "window_size": 5, "qkv_bias": True}),
+    "transformer-normed": ("transformer", {"num_heads": 2, "qk_norm": True, "rope_theta": 500.0, "tie_word_embeddings": True}),
     "rwkv6": ("rwkv6", {"num_heads": 2, "expand_k": 1.0, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
     "rwkv7": ("rwkv7", {"head_dim": 8} | RANKS),
     "rwkv7-tied": ("rwkv7", {"head_dim": 16, "num_heads": 2, "tie_word_embeddings": True} | RANKS),
@@ -46,7 +48,7 @@ def config_of(case: str) -> dict:
 
 CLASSES = {
     "gla": "GLA", "retnet": "RetNet", "hgrn": "HGRN", "hgrn2": "HGRN2", "delta_net": "DeltaNet", "gated_deltanet": "GatedDeltaNet",
-    "kda": "KDA", "rwkv6": "RWKV6", "rwkv7": "RWKV7",
+    "kda": "KDA", "rwkv6": "RWKV6", "rwkv7": "RWKV7", "transformer": "Transformer",
 }  # fmt: skip
 
 
@@ -106,6 +108,14 @@ def kda_keys(c: dict) -> dict:
     return delta_keys(c, heads * keys, heads * values, heads, values) | low | {"A_log": (heads,), "dt_bias": (heads * keys,)}
 
 
+def transformer_keys(c: dict) -> dict:
+    channels = D // c["num_heads"]
+    shared = c.get("num_kv_heads", c["num_heads"]) * channels
+    shapes = projections(q=(D, D), k=(shared, D), v=(shared, D), o=(D, D))
+    shapes |= {"q_proj.bias": (D,), "k_proj.bias": (shared,), "v_proj.bias": (shared,)} if c.get("qkv_bias") else {}
+    return shapes | ({"q_norm.weight": (channels,), "k_norm.weight": (channels,)} if c.get("qk_norm") else {})
+
+
 def rwkv_keys(c: dict, linear: str = "") -> dict:
     """What both versions share."""
     inner, norms = c["intermediate_size"], {f"{part}_norm.{kind}": (D,) for part in ("attn", "ffn") for kind in ("weight", "bias")}
@@ -136,7 +146,7 @@ def rwkv7_keys(c: dict) -> dict:
 
 MIXER_KEYS = {
     "gla": gla_keys, "retnet": retnet_keys, "hgrn": hgrn_keys, "hgrn2": hgrn2_keys, "delta_net": delta_net_keys,
-    "gated_deltanet": gated_deltanet_keys, "kda": kda_keys,
+    "gated_deltanet": gated_deltanet_keys, "kda": kda_keys, "transformer": transformer_keys,
 }  # fmt: skip
 
 
@@ -229,15 +239,29 @@ def gla(w: Weights, x, c: dict, index: int) -> torch.Tensor:
     return w.linear("o_proj", (rms(recur(q, k, v, decay), w["g_norm_swish_gate.weight"]) * F.silu(g)).flatten(-2))
 
 
+def turn(x: torch.Tensor, theta: float = 1e4) -> torch.Tensor:
+    """Rotary positions; the angles are float32 whatever the dtype."""
+    half = x.shape[-1] // 2
+    angle = torch.outer(torch.arange(x.shape[1]).float(), theta ** (-torch.arange(half).float() / half))[:, None]
+    (real, imaginary), cos, sin = x.split(half, -1), angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    return torch.cat([real * cos - imaginary * sin, imaginary * cos + real * sin], -1)
+
+
+def transformer(w: Weights, x, c: dict, index: int) -> torch.Tensor:
+    heads, groups, theta = c["num_heads"], c.get("num_kv_heads", c["num_heads"]), c.get("rope_theta", 1e4)
+    (q,), (k, v) = w.heads(x, heads, "q_proj"), w.heads(x, groups, "k_proj", "v_proj")
+    if c.get("qk_norm"):
+        q, k = rms(q, w["q_norm.weight"]), rms(k, w["k_norm.weight"])
+    q, k = turn(q, theta), turn(k, theta)
+    k, v = (z.repeat_interleave(heads // groups, 2) for z in (k, v))
+    age = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
+    hidden = (age < 0) | (age >= c.get("window_size", x.shape[1]))
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    return w.linear("o_proj", torch.einsum("bhts,bshv->bthv", scores.masked_fill(hidden, -math.inf).softmax(-1), v).flatten(-2))
+
+
 def retnet(w: Weights, x, c: dict, index: int) -> torch.Tensor:
     q, k, v, g = w.heads(x, c["num_heads"], "q_proj", "k_proj", "v_proj", "g_proj")
-    half = q.shape[-1] // 2
-    angle = torch.outer(torch.arange(x.shape[1]).float(), 1e4 ** (-torch.arange(half).float() / half)).to(x.dtype)[:, None]
-
-    def turn(z):
-        real, imaginary = z.split(half, -1)
-        return torch.cat([real * angle.cos() - imaginary * angle.sin(), imaginary * angle.cos() + real * angle.sin()], -1)
-
     decay = (1 - 2.0 ** (-5 - torch.arange(c["num_heads"]))).to(x.dtype).expand(*x.shape[:2], -1).unsqueeze(-1)
     return w.linear("o_proj", (rms(recur(turn(q), turn(k), v, decay), w.get("g_norm_swish_gate.weight")) * F.silu(g)).flatten(-2))
 
@@ -377,6 +401,7 @@ def rwkv_logits(c: dict, tensors: dict, x: torch.Tensor) -> torch.Tensor:
 
 MIXERS = {
     "gla": gla, "retnet": retnet, "hgrn": hgrn, "hgrn2": hgrn2, "delta_net": delta_net, "gated_deltanet": gated_deltanet, "kda": kda,
+    "transformer": transformer,
 }  # fmt: skip
 
 
