@@ -1,52 +1,82 @@
-"""Products of decays over a chunk, with every exponent kept at or below zero."""
+"""Products of decays over a chunk: only ever multiplied, never divided, so that no factor is above one.
+
+A plain product of `q exp(g)` and `k exp(-g)`, g the cumulative log-decay, overflows. Here each pair of neighbouring blocks
+meets at the boundary between them: queries of the right block carry the decays from there to themselves, keys of the left
+block the decays from themselves to there. Then two blocks become one: the right queries take on the decay of all the left
+block, the left keys that of all the right. Blocks double in size, so a chunk of C costs `2 log2(C) C K` multiplications
+beside the matrix products, and each decay is exponentiated once. What the queries and keys carry in the end is what they
+need to meet the states at the chunk's two ends.
+"""
 
 import torch
 from torch import Tensor
 
-BASE = 4  # below this block size the channels are multiplied out directly
 
+def decayed_scores(q: Tensor, k: Tensor, decay: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What every query reads of every key before it in the chunk, and both as they meet the states outside.
 
-def decayed_scores(q: Tensor, k: Tensor, q_log: Tensor, k_log: Tensor, *, strict: bool = False) -> Tensor:
-    """`scores[t, s] = sum_c q[t, c] k[s, c] exp(q_log[t, c] - k_log[s, c])` for s <= t (s < t if strict), else 0.
+        scores[t, s] = sum_c q[t, c] k[s, c] prod_{s < r < t} decay[r, c] for s < t, own[t] for s = t, else 0
 
-    A plain product of `q exp(q_log)` and `k exp(-k_log)` overflows. Here each pair of neighbouring blocks is re-centred at
-    the boundary between them, where q_log has only decreased since and k_log has yet to decrease: both factors are at most
-    one. Blocks double in size, so a chunk of C costs `C log2(C) K` exponentials and matrix products.
+    A query that reads after its own token's decay comes multiplied by it. A token may have J queries and I keys.
+    q and k are written over where no gradient is asked for.
 
     Args:
-        q, k: `[..., C, K]`, C a power of two.
-        q_log, k_log: `[..., C, K]`, float64 cumulative log-decays: non-increasing along C, and `q_log[t] <= k_log[s]`
-            whenever s < t (and s = t unless strict).
+        q: `[..., C, J, K]`, C a power of two; k: `[..., C, I, K]`; decay: `[..., C, K]`, from 0 to 1.
+        own: `[..., C, J, I]`, what is read of the token itself.
 
     Returns:
-        `[..., C, C]` in the dtype of q.
+        scores `[..., C, J, C, I]`; q times the decays since the chunk's start; k times the decays until its end; and the
+        decay over all the chunk, `[..., K]`.
     """
-    chunk = q.shape[-2]
-    scores = q.new_zeros(*torch.broadcast_shapes(q.shape, k.shape)[:-1], chunk)
-    block = min(BASE, chunk)
-    _write(scores, _direct(q, k, q_log, k_log, block, strict), block, 0, 0)
+    chunk, queries, keys = q.shape[-3], q.shape[-2], k.shape[-2]
+    scores = q.new_zeros(*own.shape[:-3], chunk * queries, chunk * keys)
+    _write(scores, own, (queries, keys), 1, 0)
+    q, k, total, block = q.flatten(-3, -2), k.flatten(-3, -2), decay, 1
     while block < chunk:
-        q_right, log_right = (x.unflatten(-2, (-1, 2, block))[..., 1, :, :] for x in (q, q_log))
-        k_left, log_left = (x.unflatten(-2, (-1, 2, block))[..., 0, :, :] for x in (k, k_log))
-        boundary = log_left[..., -1:, :]
-        decayed_q = q_right * (log_right - boundary).clamp(max=0).to(q.dtype).exp()
-        decayed_k = k_left * (boundary - log_left).clamp(max=0).to(k.dtype).exp()
-        _write(scores, decayed_q @ decayed_k.transpose(-1, -2), 2 * block, block, 0)
-        block *= 2
-    return scores
+        left, right = total.unflatten(-2, (-1, 2)).unbind(-2)
+        later = q.unflatten(-2, (-1, 2, block * queries))[..., 1, :, :]
+        earlier = k.unflatten(-2, (-1, 2, block * keys))[..., 0, :, :]
+        single = queries * keys * block == 1  # as products of matrices these would be a call for every number
+        blocks = (later * earlier).sum(-1, keepdim=True) if single else later @ earlier.transpose(-1, -2)
+        _write(scores, blocks, (queries, keys), 2 * block, block)
+        q = _multiply_half(q, 1, left.unsqueeze(-2), 2 * block * queries)
+        k = _multiply_half(k, 0, right.unsqueeze(-2), 2 * block * keys)
+        total, block = left * right, 2 * block
+    scores = scores.unflatten(-1, (chunk, keys)).unflatten(-3, (chunk, queries))
+    return scores, q.unflatten(-2, (chunk, queries)), k.unflatten(-2, (chunk, keys)), total.squeeze(-2)
 
 
-def _direct(q: Tensor, k: Tensor, q_log: Tensor, k_log: Tensor, block: int, strict: bool) -> Tensor:
-    """Diagonal blocks `[..., C / block, block, block]`, channel by channel."""
-    q, k, q_log, k_log = (x.unflatten(-2, (-1, block)) for x in (q, k, q_log, k_log))
-    seen = torch.ones(block, block, dtype=torch.bool, device=q.device).tril(-1 if strict else 0)
-    exponent = (q_log.unsqueeze(-2) - k_log.unsqueeze(-3)).to(q.dtype)
-    weight = exponent.masked_fill(~seen.unsqueeze(-1), -torch.inf).exp()
-    return torch.einsum("...tc,...sc,...tsc->...ts", q, k, weight)
+def decay_matrix(decay: Tensor, *, inclusive: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same for decays without channels, by which scores, queries and keys are then multiplied.
+
+    Args:
+        decay: `[..., C]`, from 0 to 1.
+        inclusive: a token reads after its own decay, itself too; otherwise before it, and not itself.
+
+    Returns:
+        `[..., C, C]` decays between tokens, zero above the diagonal; `[..., C, 1]` since the chunk's start;
+        `[..., C, 1]` until its end; `[..., 1]` over all of it.
+    """
+    decay = decay.unsqueeze(-1)
+    one = torch.ones_like(decay).unsqueeze(-2)
+    since = decay.unsqueeze(-2).clone() if inclusive else one.clone()
+    between, since, until, total = decayed_scores(since, one.clone(), decay, one * inclusive)
+    return between[..., 0, :, 0], since.squeeze(-2), until.squeeze(-2), total
 
 
-def _write(scores: Tensor, blocks: Tensor, size: int, row: int, column: int) -> None:
-    """Write `blocks` `[..., C / size, b, b]` at (row, column) inside each diagonal block of `size`."""
-    b = blocks.shape[-1]
-    tiles = scores.unflatten(-1, (-1, size)).unflatten(-3, (-1, size)).diagonal(dim1=-4, dim2=-2)
-    tiles[..., row : row + b, column : column + b, :] = blocks.movedim(-3, -1)
+def _multiply_half(x: Tensor, half: int, factor: Tensor, rows: int) -> Tensor:
+    """x `[..., R, K]` with one half of every block of `rows` multiplied, in place unless a gradient needs what it was."""
+    pair = list(x.unflatten(-2, (-1, 2, rows // 2)).unbind(-3))
+    if not torch.is_grad_enabled():
+        pair[half].mul_(factor)
+        return x
+    pair[half] = pair[half] * factor
+    return torch.stack(pair, dim=-3).flatten(-4, -2)
+
+
+def _write(scores: Tensor, blocks: Tensor, cell: tuple[int, int], size: int, row: int) -> None:
+    """Write `blocks` `[..., C / size, b J, b I]` at token (row, 0) inside each diagonal block of `size` tokens."""
+    height, width = size * cell[0], size * cell[1]
+    tiles = scores.unflatten(-1, (-1, width)).unflatten(-3, (-1, height)).diagonal(dim1=-4, dim2=-2)
+    top = row * cell[0]
+    tiles[..., top : top + blocks.shape[-2], : blocks.shape[-1], :] = blocks.movedim(-3, -1)

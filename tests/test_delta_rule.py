@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from zoo.evaluate.closeness import assert_close
+from zoo.kernels import chunking
 from zoo.kernels import delta_rule as family
 from zoo.kernels.delta_rule import delta_rule, general, general_delta_rule
 from zoo.ops import OPS
@@ -99,6 +100,6 @@ def test_segments_of_time_do_not_show(form, monkeypatch):
     exact = delta_rule(**given, backend="reference")
     given = {n: single(x) for n, x in given.items()}
     plain = delta_rule(**given, backend="reference")
-    monkeypatch.setattr(family.chunked, "SEGMENT", 32)
+    monkeypatch.setattr(chunking, "SEGMENT_CPU", 1)
     for x, p, r in zip(delta_rule(**given, backend="chunked"), plain, exact, strict=True):
         assert_close(x, p, r, form)

@@ -1,126 +1,110 @@
 """The same by chunks, in plain torch.
 
-Write the recurrence as `S_t = diag(exp(log_decay_t)) S_{t-1} + b_t u_t^T + k_t v_t^T`, where u_t is what a_t reads. With g the
-cumulative log-decay inside a chunk of C tokens (inclusive), h_t the g in force when a_t reads, and S the state at its start,
+Write the recurrence as `S_t = diag(exp(log_decay_t)) S_{t-1} + b_t u_t^T + k_t v_t^T`, where u_t is what a_t reads. With S the
+state at the start of a chunk of C tokens, D_{t,s} the product of the decays of the tokens after s that are in force when a_t
+reads, and D_{t,0} that of all of them,
 
-    u_t = a_t exp(h_t) S + sum_{s < t} (a_t . exp(h_t - g_s) b_s) u_s + sum_{s < t} (a_t . exp(h_t - g_s) k_s) v_s
+    u_t = D_{t,0} a_t S + sum_{s < t} (a_t . D_{t,s} b_s) u_s + sum_{s < t} (a_t . D_{t,s} k_s) v_s
 
-so that u is affine in S: the triangular system `(I - A) u = a exp(h) S + A_k v` is solved once per chunk, for all chunks
-together, on the right-hand sides `a exp(h)` and `A_k v` (the WY form of arXiv:2406.06484, with decays). Then only S passes from
-chunk to chunk, two products each, and the outputs are products over all chunks at once. Every exponent is a difference that
-cannot be positive; g is summed in float64. So are the solve and the passing of the state: what is written depends on what was
-erased, token after token, and in float32 those errors outgrow those of the recurrence itself when little decays.
+a triangular system `(I - A) u = A_k v + D a S`. `(I - A)^{-1}` does not depend on S and is found for all chunks together (the UT
+transform of arXiv:2406.06484, with decays). Then S passes from chunk to chunk, three products each, and the outputs are
+products over all chunks at once. Decays are only ever multiplied (`zoo.kernels.decay`). The inverse and its product are in
+float64: what is written depends on what was erased, token after token, and in float32 those errors outgrow those of the
+recurrence itself when little decays.
 
-The delta rule reads after its decay (h = g) and writes the one key b = beta k: `b_t (v_t + u_t)^T`, so v itself is on the right.
+The delta rule is a = -k, reading after its decay, and writes the one key b = beta k: `b_t (v_t + u_t)^T`. With v_t + u_t for
+u_t, v itself is on the right.
 """
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from zoo.kernels.checks import accumulator
-from zoo.kernels.chunking import chunk_size, from_chunks, to_chunks
-from zoo.kernels.linear_attention.chunked import chunk_scores, cumulative
+from zoo.kernels.chunking import by_segments, chunk_size, decay_chunks, from_chunks, plus_product, to_chunks
+from zoo.kernels.decay import decay_matrix, decayed_scores
 
-CHUNK = 32  # measured at 8192 tokens, 8 heads of 64, two cores: a little faster than 64
-SEGMENT = 2048  # tokens worked on at a time: what lies between two products stays small enough to be reused, not returned
+CHUNK = 32
 
 
 def delta_rule(q, k, v, beta, log_decay, state, scale: float) -> tuple[Tensor, Tensor]:
-    return by_segments(_delta_rule, (q, k, v, beta), log_decay, state, scale)
+    return by_segments(partial(_delta_rule, scale=scale), (q, k, v, beta), log_decay, state, CHUNK)
 
 
 def general_delta_rule(q, k, v, a, b, log_decay, state, scale: float) -> tuple[Tensor, Tensor]:
-    return by_segments(_general_delta_rule, (q, k, v, a, b), log_decay, state, scale)
-
-
-def by_segments(run: Callable, tensors: tuple, log_decay: Tensor | None, state: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """`run` on one segment of time after another, the state handed on in float64."""
-    lead, outs = tensors[0], []
-    for start in range(0, lead.shape[1], SEGMENT):
-        piece = slice(start, start + SEGMENT)
-        decay = log_decay[:, piece] if log_decay is not None and log_decay.ndim > 1 else log_decay
-        out, state = run(*(x[:, piece] for x in tensors), decay, state, scale)
-        outs.append(out)
-    return torch.cat(outs, dim=1), state.to(accumulator(lead.dtype))
+    return by_segments(partial(_general_delta_rule, scale=scale), (q, k, v, a, b), log_decay, state, CHUNK)
 
 
 def _delta_rule(q, k, v, beta, log_decay, state, scale: float) -> tuple[Tensor, Tensor]:
     length, dtype, acc = v.shape[1], v.dtype, accumulator(v.dtype)
     chunk = chunk_size(length, CHUNK)
-    q, k, v, beta = (to_chunks(x.to(acc), chunk).contiguous() for x in (q, k, v, beta))
-    q, wide = q * scale, k.double()
-    b = beta.double().unsqueeze(-1) * wide
-    after = cumulative(log_decay, length, chunk, q)
-    if after is None:
-        reads, erased = (q @ b.to(acc).transpose(-1, -2)).tril(), wide @ b.transpose(-1, -2)
-    elif after.shape[-1] > 1:
-        reads, erased = chunk_scores(torch.stack([q, k]), b.to(acc), after, after)
-    else:
-        reads, erased = chunk_scores(q, b.to(acc), after, after), chunk_scores(wide, b, after, after, strict=True)
-    const, slope = solve(erased, v, -decayed(wide, after))
-    values, starts, state = chain(const, slope, retained(b, after), after, state)
-    out = decayed(q, after) @ starts.to(acc) + reads @ values.to(acc)
-    return from_chunks(out, length).to(dtype), state
+    q, k, v, beta = (to_chunks(x.to(acc), chunk) for x in (q, k, v, beta))
+    b = k * beta.unsqueeze(-1)
+    decay = None if log_decay is None else decay_chunks(log_decay, length, chunk, acc)
+    scores, readers, b, total = scored(torch.stack([q * scale, -k], dim=-2), b, decay)
+    out, written, state = chain(readers, v, scores[..., 1, :], b, total, state)
+    return from_chunks(plus_product(out, scores[..., 0, :], written), length).to(dtype), state
 
 
 def _general_delta_rule(q, k, v, a, b, log_decay, state, scale: float) -> tuple[Tensor, Tensor]:
     length, dtype, acc = v.shape[1], v.dtype, accumulator(v.dtype)
     chunk = chunk_size(length, CHUNK)
-    q, k, v, a, b = (to_chunks(x.to(acc), chunk).contiguous() for x in (q, k, v, a, b))
-    q = q * scale
-    after = cumulative(log_decay, length, chunk, q)
-    # a_t reads S_{t-1}, as a query of the token before would: moved up one row it shares the decays of q
-    early = torch.cat([a[..., 1:, :], torch.zeros_like(a[..., :1, :])], dim=-2)
-    scores = chunk_scores(torch.stack([q, early]).unsqueeze(1), torch.stack([b, k]), after, after)
-    (reads, reads_k), (moved, moved_k) = scores[0], down(scores[1])
-    const, slope = solve(-moved, moved_k @ v, decayed(a.double(), down(after)))
-    added = (retained(k, after).transpose(-1, -2) @ v).double()
-    values, starts, state = chain(const, slope, retained(b, after).double(), after, state, added)
-    out = decayed(q, after) @ starts.to(acc) + reads @ values.to(acc) + reads_k @ v
+    q, k, v, a, b = (to_chunks(x.to(acc), chunk) for x in (q, k, v, a, b))
+    decay = decay_chunks(log_decay, length, chunk, acc)
+    q, keys = q * scale, torch.stack([b, k], dim=-2)
+    own = (q.unsqueeze(-2) * keys).sum(-1)
+    own = torch.stack([own, torch.zeros_like(own)], dim=-2)  # a reads before its token writes
+    scores, readers, keys, total = decayed_scores(torch.stack([q * decay, a], dim=-2), keys, decay, own)
+    (b, k), (of_b, of_k) = keys.unbind(-2), (x.contiguous() for x in scores.unbind(-1))
+    added = k.transpose(-1, -2) @ v
+    out, written, state = chain(readers, of_k[..., 1, :] @ v, of_b[..., 1, :], b, total, state, added)
+    out = plus_product(plus_product(out, of_k[..., 0, :], v), of_b[..., 0, :], written)
     return from_chunks(out, length).to(dtype), state
 
 
-def decayed(x: Tensor, log: Tensor | None) -> Tensor:
-    return x if log is None else x * log.to(x.dtype).exp()
+def scored(readers: Tensor, b: Tensor, decay: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """As `zoo.kernels.decay.decayed_scores`, for the two queries of a token, which read after its decay, and its one key.
+
+    Args: readers: `[..., C, 2, K]`; b: `[..., C, K]`; decay: None, `[..., C]` or `[..., C, K]`.
+    Returns: scores `[..., C, 2, C]`, readers and b with their decays, and the decay over the chunk, `[..., K or 1]`, if any.
+    """
+    if decay is not None and decay.ndim == b.ndim:
+        own = (readers * b.unsqueeze(-2)).sum(-1, keepdim=True)
+        scores, readers, b, total = decayed_scores(readers * decay.unsqueeze(-2), b.unsqueeze(-2), decay, own)
+        return scores.squeeze(-1), readers, b.squeeze(-2), total
+    scores = (readers.flatten(-3, -2) @ b.transpose(-1, -2)).unflatten(-2, (-1, 2))
+    if decay is None:
+        seen = torch.ones(b.shape[-2], b.shape[-2], dtype=b.dtype, device=b.device).tril()
+        return scores * seen.unsqueeze(-2), readers, b, None
+    between, since, until, total = decay_matrix(decay, inclusive=True)
+    return scores * between.unsqueeze(-2), readers * since.unsqueeze(-2), b * until, total
 
 
-def retained(x: Tensor, after: Tensor | None) -> Tensor:
-    """What is left of each key at the end of its chunk."""
-    return x if after is None else x * (after[..., -1:, :] - after).to(x.dtype).exp()
-
-
-def down(x: Tensor) -> Tensor:
-    """Rows one later, the first zero."""
-    return torch.cat([torch.zeros_like(x[..., :1, :]), x[..., :-1, :]], dim=-2)
-
-
-def solve(lower: Tensor, *right: Tensor) -> tuple[Tensor, ...]:
-    """`(I + lower)^{-1} right` in float64; what `lower` holds on its diagonal and above is not read."""
-    joined = torch.cat([x.double() for x in right], dim=-1)
-    solved = torch.linalg.solve_triangular(lower.double(), joined, upper=False, unitriangular=True)
-    return solved.split([x.shape[-1] for x in right], dim=-1)
-
-
-def chain(const, slope, keys, after, state, added=None) -> tuple[Tensor, Tensor, Tensor]:
-    """Values written by every token, states at the start of every chunk, and the last one, all in float64.
+def chain(readers, const, moved, keys, total, state, added=None) -> tuple[Tensor, Tensor, Tensor]:
+    """What the outputs read of their chunks' starting states, the values written, both `[B, H, T / C, C, V]`, and the last state.
 
     Args:
-        const, slope: the values as an affine map of the chunk's starting state, `[B, H, T / C, C, V]` and `[..., C, K]`.
+        readers: q and a with the decays since the chunk's start, `[B, H, T / C, C, 2, K]`.
+        const, moved: the values' part that no state enters, `[..., C, V]`, and A, `[..., C, C]`, read below its diagonal.
         keys: what is left at the chunk's end of the keys they are written under, `[..., C, K]`.
-        after: cumulative log-decay, or None; added: what else the chunk writes, `[..., K, V]`.
+        total: decay over the chunk, `[..., K or 1]`, or None; added: what else the chunk writes, `[..., K, V]`.
     """
-    if state is None:
-        state = const.new_zeros(*const.shape[:2], slope.shape[-1], const.shape[-1])
-    state, keys = state.double(), keys.transpose(-1, -2)
-    keep = None if after is None else after[..., -1, :].exp().unsqueeze(-1)
-    values, starts = [], []
-    for n in range(const.shape[2]):
-        starts.append(state)
-        values.append(const[:, :, n] + slope[:, :, n] @ state)
-        kept = state if keep is None else keep[:, :, n] * state
-        state = kept + keys[:, :, n] @ values[-1]
-        if added is not None:
-            state = state + added[:, :, n]
-    return torch.stack(values, dim=2), torch.stack(starts, dim=2), state
+    lead = const.shape[:3]
+    eye = torch.eye(moved.shape[-1], dtype=torch.float64, device=moved.device)
+    inverse = torch.linalg.solve_triangular(-moved.double(), eye, upper=False, unitriangular=True)
+    if total is not None:
+        total = total.expand(*lead, -1).unsqueeze(-1)
+    per_chunk = (readers.flatten(-3, -2), const.double(), inverse, keys.transpose(-1, -2), total, added)
+    per_chunk = ([None] * lead[2] if x is None else x.flatten(0, 1).unbind(1) for x in per_chunk)
+    state = const.new_zeros(lead[0] * lead[1], keys.shape[-1], const.shape[-1]) if state is None else state.flatten(0, 1)
+    reads, values = [], []
+    for reader, fixed, inverted, key, keep, other in zip(*per_chunk, strict=True):
+        read = torch.bmm(reader, state)
+        value = torch.bmm(inverted, fixed + read[:, 1::2]).to(read.dtype)
+        kept = state if keep is None else keep * state if other is None else torch.addcmul(other, keep, state)
+        state = torch.baddbmm(kept, key, value)
+        reads.append(read)
+        values.append(value)
+    reads, values = (torch.stack(x, dim=1).unflatten(0, lead[:2]) for x in (reads, values))
+    return reads[..., ::2, :], values, state.unflatten(0, lead[:2])

@@ -1,10 +1,9 @@
-"""The same by chunks, in plain torch, in time linear in T.
+"""The same in parallel over time, in plain torch, in time linear in T.
 
-A scan over T tokens is cut into about sqrt(T / 2) chunks and walked in three passes: what each chunk would leave behind if
-it started from nothing, and how much it keeps, all chunks at once; the states at the chunks' starts, one chunk after the
-other; and the states inside the chunks from there, all chunks at once. Decays are only ever multiplied, so a decay that
-forgets all is exact beside gentle ones, and the last pass is the recurrence itself. Where tokens are so wide that there is
-nothing to gain from more of them at once, that last pass alone remains, over one chunk.
+Two tokens in a row are one: `h_{t+1} = (a_{t+1} a_t) h_{t-1} + (a_{t+1} x_t + x_{t+1})`. A scan over T tokens is so a scan over
+T / 2, which finds every second state, and one step from each of those to the state behind the next token: log2(T) rounds,
+`3 T` multiplications. Decays are only ever multiplied, so a decay that forgets all is exact beside gentle ones. Long rows are
+cut into segments, the state passed on, which keeps the rounds' temporaries small.
 
 The gradient of a scan is a scan the other way: with g_t the gradient of h_t alone and G_t that of all that h_t reaches,
 
@@ -13,26 +12,25 @@ The gradient of a scan is a scan the other way: with g_t the gradient of h_t alo
 so nothing but decays and states is kept for it.
 """
 
-from math import isqrt
-
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zoo.kernels.checks import accumulator
-from zoo.kernels.chunking import chunk_size
+from zoo.kernels.chunking import segment_size
 from zoo.kernels.scan.reference import carried_dtype, real_part
 
-CHUNK, LEAST, NUMBERS = 256, 16, 2**22  # a selective scan's chunk: most and least tokens; numbers its states may be in all
-WIDE, WIDE_CPU = 2**20, 2**12  # numbers a token has from which a device is busy with one token, and one pass is best
+CHUNK, LEAST = 256, 16  # a selective scan's chunk: most and least tokens
+FEW = 8  # tokens no longer worth pairing
 
 
 def scan(x, log_decay, state, reverse: bool) -> tuple[Tensor, Tensor]:
     acc = carried_dtype(x.dtype, x, log_decay)
     out_dtype = acc if acc.is_complex else x.dtype
-    x, decay = x.to(acc), log_decay.to(acc).exp().expand(x.shape)
+    decay = log_decay.to(acc).exp().expand(x.shape)
+    x = x.to(carried_dtype(x.dtype, x))
     if state is None:
-        state = x.new_zeros(x.shape[0], x.shape[2])
+        state = x.new_zeros(x.shape[0], x.shape[2], dtype=acc)
     h = Scan.apply(x, decay, state, reverse)
     return h.to(out_dtype), h[:, 0 if reverse else -1].clone()
 
@@ -48,7 +46,7 @@ def selective_scan(x, dt, A, B, C, D, state) -> tuple[Tensor, Tensor]:
         state = A.new_zeros(x.shape[0], *A.shape, dtype=acc)
     state = state.unflatten(1, (groups, -1)).transpose(2, 3)
     recompute = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, rates, B, C, state))
-    chunk = min(max(NUMBERS // state.numel(), LEAST), CHUNK)
+    chunk = min(max(segment_size(state), LEAST), CHUNK)
     outs = []
     for pieces in zip(*(t.split(chunk, dim=1) for t in (x, dt, B, C)), strict=True):
         if recompute:
@@ -69,29 +67,26 @@ def _selective_chunk(x, dt, B, C, rates, state) -> tuple[Tensor, Tensor]:
 
 
 class Scan(torch.autograd.Function):
-    """All states of `h_t = decay_t h_{t-1} + x_t`: x and decay `[B, T, ...]`, state `[B, ...]`, of one dtype."""
+    """All states of `h_t = decay_t h_{t-1} + x_t`: x and decay `[B, T, ...]`, state `[B, ...]`, of one dtype, but x may be real
+    where the others are complex. A decay expanded along T is read as the one it is."""
 
     @staticmethod
     def forward(x: Tensor, decay: Tensor, state: Tensor, reverse: bool) -> Tensor:
-        length = x.shape[1]
-        wide = x[:, 0].numel() >= (WIDE_CPU if x.device.type == "cpu" else WIDE)
-        chunk = length if wide else chunk_size(isqrt(max(length // 2, 1)), length)
-        pad = -length % chunk
-        if pad:  # behind the last token nothing is added and nothing forgotten
-            x = torch.cat([x, x.new_zeros(x.shape[0], pad, *x.shape[2:])], dim=1)
-            decay = torch.cat([decay, decay.new_ones(decay.shape[0], pad, *decay.shape[2:])], dim=1)
-        xs, decays = (t.unflatten(1, (-1, chunk)).unbind(2) for t in (x, decay))
-        order = range(chunk)[::-1] if reverse else range(chunk)
-        states = x.new_empty(x.shape)
-        into = states.unflatten(1, (-1, chunk)).unbind(2)
-        now = state.unsqueeze(1) if wide else _starts([xs[i] for i in order], [decays[i] for i in order], state, reverse)
-        for i in order:
-            now = torch.addcmul(xs[i], decays[i], now, out=into[i])
-        return states[:, :length].contiguous() if pad else states
+        states = torch.empty_like(x, dtype=decay.dtype, memory_format=torch.contiguous_format)
+        if decay.stride(1) == 0:
+            decay = decay[:, :1]
+        size = segment_size(state)
+        starts = range(0, x.shape[1], size)
+        for start in starts[::-1] if reverse else starts:
+            piece = slice(start, start + size)
+            _walk(x[:, piece], decay if decay.shape[1] == 1 else decay[:, piece], state, states[:, piece], reverse)
+            state = states[:, piece][:, 0 if reverse else -1]
+        return states
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, decay, state, ctx.reverse = inputs
+        x, decay, state, ctx.reverse = inputs
+        ctx.real = not x.is_complex()
         ctx.save_for_backward(decay, state, output)
 
     @staticmethod
@@ -105,18 +100,32 @@ class Scan(torch.autograd.Function):
             before = torch.cat([state.unsqueeze(1), states[:, :-1]], dim=1)
         reached = Scan.apply(grad, later.conj(), torch.zeros_like(state), not ctx.reverse)
         first = -1 if ctx.reverse else 0
-        return reached, reached * before.conj(), reached[:, first] * decay[:, first].conj(), None
+        into_x = reached.real if ctx.real else reached
+        return into_x, reached * before.conj(), reached[:, first] * decay[:, first].conj(), None
 
 
-def _starts(xs: list[Tensor], decays: list[Tensor], state: Tensor, reverse: bool) -> Tensor:
-    """States before every chunk, `[B, T / C, ...]`, from the chunks' tokens in the order in which they are walked."""
-    left, kept = xs[0], decays[0]
-    for x, decay in zip(xs[1:], decays[1:], strict=True):
-        left = torch.addcmul(x, decay, left)
-        kept = kept * decay
-    starts = torch.empty_like(left, memory_format=torch.contiguous_format)
-    chunks = range(left.shape[1])
-    for n in chunks[::-1] if reverse else chunks:
-        starts[:, n] = state
-        state = torch.addcmul(left[:, n], kept[:, n], state)
-    return starts
+def _walk(x: Tensor, decay: Tensor, state: Tensor, into: Tensor, reverse: bool) -> None:
+    """Write all states into `into`; x, decay and it `[B, T, ...]`, decay also `[B, 1, ...]` for all tokens, and state `[B, ...]`."""
+    length, alike = x.shape[1], decay.shape[1] == 1
+    if length <= FEW:
+        xs, decays, into = x.unbind(1), decay.expand(-1, length, *decay.shape[2:]).unbind(1), into.unbind(1)
+        for t in reversed(range(length)) if reverse else range(length):
+            state = _step(xs[t], decays[t], state, into[t])
+        return
+    last, rest = (slice(0, 1), slice(1, None)) if reverse else (slice(-1, None), slice(0, -1))
+    if length % 2:  # the last token to be walked has no partner
+        _walk(x[:, rest], decay if alike else decay[:, rest], state, into[:, rest], reverse)
+        _step(x[:, last], decay if alike else decay[:, last], into[:, 1:2] if reverse else into[:, -2:-1], into[:, last])
+        return
+    first, second = (slice(1, None, 2), slice(0, None, 2)) if reverse else (slice(0, None, 2), slice(1, None, 2))
+    decay_first, decay_second = (decay, decay) if alike else (decay[:, first], decay[:, second])
+    joined = torch.addcmul(x[:, second].to(decay.dtype), decay_second, x[:, first].to(decay.dtype))
+    _walk(joined, decay_first * decay_second, state, into[:, second], reverse)
+    outer, inner = (slice(-1, None), slice(0, -1)) if reverse else (slice(0, 1), slice(1, None))
+    x, into, before = x[:, first], into[:, first], into[:, second]
+    _step(x[:, outer], decay if alike else decay_first[:, outer], state.unsqueeze(1), into[:, outer])
+    _step(x[:, inner], decay if alike else decay_first[:, inner], before[:, rest], into[:, inner])
+
+
+def _step(x: Tensor, decay: Tensor, before: Tensor, into: Tensor) -> Tensor:
+    return torch.addcmul(x.to(decay.dtype), decay, before, out=into)
