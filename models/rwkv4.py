@@ -128,7 +128,10 @@ class RWKV4Mixer(Mixer):
 
 
 def from_rwkv(foreign: dict) -> dict:
-    """Fields of an RWKV4Config for a config of transformers. `rescale_every` guards float16 against overflow and is not needed."""
+    """Fields of an RWKV4Config for a config of transformers.
+
+    `rescale_every` is not needed: it halves the residual stream of deep float16 models, which the norms undo up to their epsilon.
+    """
     if foreign["attention_hidden_size"] != foreign["hidden_size"]:
         raise ValueError(
             f"attention_hidden_size={foreign['attention_hidden_size']} other than hidden_size={foreign['hidden_size']} is not supported"
@@ -171,6 +174,40 @@ RWKV = Layout(
     ),
 )  # fmt: skip
 
+
+def read_pth(foreign: dict) -> dict:
+    """Our fields for the shapes of the tensors in a file of the authors. Token 0 ends a text."""
+    shapes = foreign["tensors"]
+    vocabulary, width = shapes["emb.weight"]
+    layers, inner = sum(name.endswith(".ln1.weight") for name in shapes), shapes["blocks.0.ffn.key.weight"][0]
+    sizes = {"vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner}
+    return sizes | {"bos_token_id": 0, "eos_token_id": 0}
+
+
+PTH = Layout(
+    "rwkv4-pth", (), read_pth, lambda config: {}, prefix="", file="rwkv4.pth",
+    matches=lambda foreign: "blocks.0.att.time_mix_k" in foreign.get("tensors", ()) and "blocks.0.att.gate.weight" not in foreign["tensors"],
+    complete=dict,
+    rules=(
+        rename("emb.weight", "model.embed_tokens.weight"),
+        rename("blocks.0.ln0.{weight,bias}", "model.embed_norm.{weight,bias}"),
+        rename("blocks.{}.ln{1,2}.{weight,bias}", "model.layers.{}.{mixer,channel}_norm.{weight,bias}"),
+        rename("blocks.{}.att.time_{decay,first}", "model.layers.{}.mixer.{decay,bonus}"),
+        mapped(
+            "blocks.{}.att.time_mix_{k,v,r}", "model.layers.{}.mixer.{key,value,receptance}_mix", torch.flatten, lambda x: x[None, None],
+        ),
+        mapped(
+            "blocks.{}.ffn.time_mix_{k,r}", "model.layers.{}.channel_mixer.{key,receptance}_mix", torch.flatten,
+            lambda x: x[None, None],
+        ),
+        rename("blocks.{}.att.{key,value,receptance,output}.weight", "model.layers.{}.mixer.{key,value,receptance,output}.weight"),
+        rename("blocks.{}.ffn.{key,value,receptance}.weight", "model.layers.{}.channel_mixer.{key,value,receptance}.weight"),
+        rename("ln_out.{weight,bias}", "model.norm.{weight,bias}"),
+        rename("head.weight", "lm_head.weight"),
+        rename("score.{weight,bias}", "score.{weight,bias}"),
+    ),
+)  # fmt: skip
+
 register(
     "rwkv4",
     config=RWKV4Config,
@@ -186,5 +223,5 @@ register(
         "7b": dict(hidden_size=4096, num_hidden_layers=32),
         "14b": dict(hidden_size=5120, num_hidden_layers=40),
     },
-    layouts=(RWKV,),
+    layouts=(RWKV, PTH),
 )
