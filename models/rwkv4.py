@@ -184,9 +184,15 @@ def read_pth(foreign: dict) -> dict:
     return sizes | {"bos_token_id": 0, "eos_token_id": 0}
 
 
+def is_pth(foreign: dict) -> bool:
+    """Whether these are the tensors of this version; the next one has a norm over each head."""
+    shapes = foreign.get("tensors", ())
+    return "blocks.0.att.time_mix_k" in shapes and "blocks.0.att.ln_x.weight" not in shapes
+
+
 PTH = Layout(
     "rwkv4-pth", (), read_pth, lambda config: {}, prefix="", file="rwkv4.pth",
-    matches=lambda foreign: "blocks.0.att.time_mix_k" in foreign.get("tensors", ()) and "blocks.0.att.gate.weight" not in foreign["tensors"],
+    matches=is_pth,
     complete=dict,
     rules=(
         rename("emb.weight", "model.embed_tokens.weight"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_layout_hybrids import assert_parity
-from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
+from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig, RwkvConfig
 
 import zoo
 
@@ -122,3 +122,124 @@ def test_mamba_of_flash_linear_attention(tmp_path, block):
     written = json.loads((tmp_path / "back" / "config.json").read_text())
     assert {name: written.get(name, value) for name, value in config.items()} == config
     assert written["architectures"] == [{"mamba": "MambaForCausalLM", "mamba2": "Mamba2ForCausalLM"}[block]]
+
+
+# -- RWKV: a file of tensors ---------------------------------------------------------------------------------------------
+
+
+def rwkv_keys(attention: dict, channel: dict, inner: int) -> dict[str, tuple[int, ...]]:
+    """What all versions share, with these vectors and matrices inside."""
+    block = {f"ln{i}.{kind}": (D,) for i in (1, 2) for kind in ("weight", "bias")}
+    block |= {f"att.{name}.weight": (D, D) for name in ("receptance", "key", "value", "output")}
+    block |= {"ffn.key.weight": (inner, D), "ffn.value.weight": (D, inner)}
+    block |= {f"att.{name}": shape for name, shape in attention.items()} | {f"ffn.{name}": shape for name, shape in channel.items()}
+    keys = {f"blocks.{i}.{name}": shape for i in range(L) for name, shape in block.items()}
+    keys |= {f"{name}.{kind}": (D,) for name in ("blocks.0.ln0", "ln_out") for kind in ("weight", "bias")}
+    return keys | {"emb.weight": (VOCABULARY, D), "head.weight": (VOCABULARY, D)}
+
+
+def rwkv4_keys() -> dict:
+    mixes = {f"time_mix_{name}": (1, 1, D) for name in "kvr"}
+    channel = {f"time_mix_{name}": (1, 1, D) for name in "kr"} | {"receptance.weight": (D, D)}
+    return rwkv_keys(mixes | {"time_decay": (D,), "time_first": (D,)}, channel, 4 * D)
+
+
+def rwkv6_keys() -> dict:
+    attention = {f"time_maa_{name}": (1, 1, D) for name in "xwkvrg"} | {"time_maa_w1": (D, 15), "time_maa_w2": (5, 3, D)}
+    attention |= {"time_decay": (1, 1, D), "time_decay_w1": (D, 6), "time_decay_w2": (6, D), "time_faaaa": (2, D // 2)}
+    attention |= {"gate.weight": (D, D), "ln_x.weight": (D,), "ln_x.bias": (D,)}
+    return rwkv_keys(attention, {f"time_maa_{name}": (1, 1, D) for name in "kr"} | {"receptance.weight": (D, D)}, 56)
+
+
+def rwkv7_keys() -> dict:
+    attention = dict.fromkeys(("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "k_k", "k_a", "w0", "a0", "v0"), (1, 1, D))
+    for name, rank in {"w": 6, "a": 5, "v": 4, "g": 7}.items():
+        attention |= {f"{name}1": (D, rank), f"{name}2": (rank, D)}
+    attention |= {"r_k": (2, D // 2), "ln_x.weight": (D,), "ln_x.bias": (D,)}
+    return rwkv_keys(attention, {"x_k": (1, 1, D)}, 4 * D)
+
+
+RWKV = {"rwkv4": rwkv4_keys, "rwkv6": rwkv6_keys, "rwkv7": rwkv7_keys}
+UNUSED = {"rwkv7": {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}}  # the first layer's
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", RWKV)
+def test_a_file_of_rwkv_keeps_its_bits(tmp_path, name, dtype):
+    tensors = drawn(RWKV[name](), dtype)
+    torch.save(tensors, tmp_path / "model.pth")
+    ours, report = zoo.from_pretrained(tmp_path / "model.pth", output_loading_info=True)
+    assert ours.config.name == name and ours.dtype == dtype and not report.fresh
+    assert set(report.dropped) == UNUSED.get(name, set())
+    assert torch.isfinite(ours(ids()).logits).all()
+    ours.save_pretrained(tmp_path / "back", layout=f"{name}-pth")
+    assert [path.name for path in (tmp_path / "back").iterdir()] == [f"{name}.pth"]
+    back = torch.load(tmp_path / "back" / f"{name}.pth", weights_only=True)
+    kept = {key: tensor for key, tensor in tensors.items() if key not in UNUSED.get(name, set())}
+    assert back.keys() == kept.keys() and all(torch.equal(back[key], kept[key]) for key in kept)
+    assert all(tensor.is_contiguous() for tensor in back.values())
+
+
+def test_the_head_of_a_file_gives_way_to_another_task(tmp_path):
+    torch.save(drawn(rwkv4_keys()), tmp_path / "model.pth")
+    ours, report = zoo.from_pretrained(tmp_path / "model.pth", task="sequence_classification", output_loading_info=True)
+    assert list(report.dropped) == ["head.weight"] and report.fresh == ["score.weight"]
+    assert type(ours).__name__ == "RWKV4ForSequenceClassification"
+
+
+def test_what_a_file_cannot_say_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot express norm_eps=0\.001"):
+        zoo.from_config("rwkv7-tiny", norm_eps=1e-3).save_pretrained(tmp_path / "out", layout="rwkv7-pth")
+    torch.save({"emb.weight": torch.zeros(2, 2)}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="no layout for checkpoints of model_type None"):
+        zoo.from_pretrained(tmp_path / "model.pth")
+
+
+@torch.no_grad()
+def test_rwkv4_equals_transformers(tmp_path):
+    """The same tensors under the names of transformers' RWKV."""
+    tensors = drawn(rwkv4_keys())
+    torch.save(tensors, tmp_path / "model.pth")
+    config = RwkvConfig(vocab_size=VOCABULARY, hidden_size=D, num_hidden_layers=L, attention_hidden_size=D, intermediate_size=4 * D)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    spelled = {"emb.": "rwkv.embeddings.", "blocks.0.ln0": "rwkv.blocks.0.pre_ln", "ln_out": "rwkv.ln_out"}
+    inside = {".att.": ".attention.", ".ffn.": ".feed_forward.", "mix_k": "mix_key", "mix_v": "mix_value", "mix_r": "mix_receptance"}
+
+    def rename(name: str) -> str:
+        start = next((old for old in spelled if name.startswith(old)), "blocks." if name.startswith("blocks.") else "")
+        name = spelled.get(start, "rwkv.blocks." if start else "") + name.removeprefix(start)
+        for old, new in inside.items():
+            name = name.replace(old, new)
+        return name
+
+    model.load_state_dict({rename(name): tensor for name, tensor in tensors.items()})
+    assert_parity(zoo.from_pretrained(tmp_path / "model.pth")(ids()[:1]).logits, model(ids()[:1]).logits)
+
+
+@pytest.mark.parametrize("name", ["rwkv6", "rwkv7"])
+@torch.no_grad()
+def test_both_layouts_of_rwkv_lead_to_one_model(tmp_path, name):
+    """What flash-linear-attention's converter does, through our own two tables: matrices are transposed and reordered."""
+    tensors = drawn(RWKV[name]())
+    torch.save(tensors, tmp_path / "model.pth")
+    ours = zoo.from_pretrained(tmp_path / "model.pth")
+    if name == "rwkv6":
+        ours.config.head_norm_eps = ours.config.norm_eps = 64e-5  # there one number serves all norms
+    ours.save_pretrained(tmp_path / "fla", layout=f"fla-{name}")
+    again = load_file(tmp_path / "fla" / "model.safetensors")
+    layer = "model.layers.1.attn."
+    if name == "rwkv6":
+        rank = 3
+        for place, letter in enumerate("rwkvg"):
+            row = "wkvrg".index(letter)
+            low, high = again[layer + "x_proj.0.linear.weight"], again[layer + "x_proj.2.weight"]
+            theirs = tensors["blocks.1.att.time_maa_w1"][:, row * rank : row * rank + rank]
+            assert torch.equal(low[place * rank : place * rank + rank], theirs.t())
+            assert torch.equal(high[:, place * rank : place * rank + rank], tensors["blocks.1.att.time_maa_w2"][row].t())
+            assert torch.equal(again[layer + "x_bias"][place], tensors[f"blocks.1.att.time_maa_{letter}"].flatten())
+        assert torch.equal(again["model.layers.1.ffn.key.mu"], tensors["blocks.1.ffn.time_maa_k"].flatten())
+    else:
+        for letter in "wavg":
+            assert torch.equal(again[f"{layer}{letter}_lora.lora.0.weight"], tensors[f"blocks.1.att.{letter}1"].t())
+            assert torch.equal(again[f"{layer}{letter}_lora.lora.2.weight"], tensors[f"blocks.1.att.{letter}2"].t())
+        assert torch.equal(again["model.layers.1.ffn.x_k"], tensors["blocks.1.ffn.x_k"].flatten())
