@@ -31,6 +31,8 @@ CASES = {
     "gated_deltanet": ("gated_deltanet", {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "conv_size": 3}),
     "gated_deltanet-plain": ("gated_deltanet", {"num_heads": 2, "head_dim": 6, "use_gate": False, "allow_neg_eigval": True}),
     "kda": ("kda", {"num_heads": 2, "head_dim": 8, "expand_v": 1.5}),
+    "linear_attn": ("linear_attn", {"num_heads": 4}),
+    "linear_attn-elu": ("linear_attn", {"num_heads": 2, "feature_map": "elu", "norm_feature_map": True}),
     "transformer": ("transformer", {"num_heads": 4, "num_kv_heads": 2, "window_size": 5, "qkv_bias": True}),
     "transformer-normed": ("transformer", {"num_heads": 2, "qk_norm": True, "rope_theta": 500.0, "tie_word_embeddings": True}),
     "rwkv6": ("rwkv6", {"num_heads": 2, "expand_k": 1.0, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
@@ -48,7 +50,7 @@ def config_of(case: str) -> dict:
 
 CLASSES = {
     "gla": "GLA", "retnet": "RetNet", "hgrn": "HGRN", "hgrn2": "HGRN2", "delta_net": "DeltaNet", "gated_deltanet": "GatedDeltaNet",
-    "kda": "KDA", "rwkv6": "RWKV6", "rwkv7": "RWKV7", "transformer": "Transformer",
+    "kda": "KDA", "rwkv6": "RWKV6", "rwkv7": "RWKV7", "transformer": "Transformer", "linear_attn": "LinearAttention",
 }  # fmt: skip
 
 
@@ -108,6 +110,14 @@ def kda_keys(c: dict) -> dict:
     return delta_keys(c, heads * keys, heads * values, heads, values) | low | {"A_log": (heads,), "dt_bias": (heads * keys,)}
 
 
+def linear_attn_keys(c: dict) -> dict:
+    channels, maps = D // c["num_heads"], {}
+    if "feature_map" not in c:
+        names = [f"feature_map_{side}.layer{i}" for side in "qk" for i in (1, 2)]
+        maps = {f"{name}.weight": (channels, channels) for name in names} | {f"{name}.bias": (channels,) for name in names}
+    return projections(q=(D, D), k=(D, D), v=(D, D), o=(D, D)) | {"norm.weight": (channels,)} | maps
+
+
 def transformer_keys(c: dict) -> dict:
     channels = D // c["num_heads"]
     shared = c.get("num_kv_heads", c["num_heads"]) * channels
@@ -147,6 +157,7 @@ def rwkv7_keys(c: dict) -> dict:
 MIXER_KEYS = {
     "gla": gla_keys, "retnet": retnet_keys, "hgrn": hgrn_keys, "hgrn2": hgrn2_keys, "delta_net": delta_net_keys,
     "gated_deltanet": gated_deltanet_keys, "kda": kda_keys, "transformer": transformer_keys,
+    "linear_attn": linear_attn_keys,
 }  # fmt: skip
 
 
@@ -258,6 +269,18 @@ def transformer(w: Weights, x, c: dict, index: int) -> torch.Tensor:
     hidden = (age < 0) | (age >= c.get("window_size", x.shape[1]))
     scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
     return w.linear("o_proj", torch.einsum("bhts,bshv->bthv", scores.masked_fill(hidden, -math.inf).softmax(-1), v).flatten(-2))
+
+
+def linear_attn(w: Weights, x, c: dict, index: int) -> torch.Tensor:
+    q, k, v = w.heads(x, c["num_heads"], "q_proj", "k_proj", "v_proj")
+    if "feature_map" in c:
+        q, k = F.elu(q) + 1, F.elu(k) + 1
+    else:
+        q, k = (w.linear(f"feature_map_{s}.layer1", z) * w.linear(f"feature_map_{s}.layer2", z) for s, z in (("q", q), ("k", k)))
+    o = recur(q, k, v, torch.ones_like(k))
+    if c.get("norm_feature_map"):
+        o = o / ((q * k.cumsum(1)).sum(-1, keepdim=True) * q.shape[-1] ** -0.5)
+    return w.linear("o_proj", rms(o, w["norm.weight"]).flatten(-2))
 
 
 def retnet(w: Weights, x, c: dict, index: int) -> torch.Tensor:
@@ -401,7 +424,7 @@ def rwkv_logits(c: dict, tensors: dict, x: torch.Tensor) -> torch.Tensor:
 
 MIXERS = {
     "gla": gla, "retnet": retnet, "hgrn": hgrn, "hgrn2": hgrn2, "delta_net": delta_net, "gated_deltanet": gated_deltanet, "kda": kda,
-    "transformer": transformer,
+    "transformer": transformer, "linear_attn": linear_attn,
 }  # fmt: skip
 
 
