@@ -17,7 +17,7 @@ from zoo.config import ZooConfig
 from zoo.kernels.packing import Packing
 from zoo.layers import RMSNorm, merge_heads, rotary_table, rotate, split_heads, token_positions
 from zoo.layout import Layout, convolutions, rename, within
-from zoo.mixer import State
+from zoo.mixer import State, Traits
 from zoo.registry import get, register
 from zoo.terms import expect, layers_of, rope_fields, same_fields, shell
 
@@ -61,6 +61,7 @@ class OlmoHybridConfig(ZooConfig):
 class OlmoHybridMixer(AttentionMixer):
     """The attention; the state is that of `AttentionMixer`."""
 
+    traits = Traits(constant_state=False)  # as causal as the layers beside it
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     def __init__(self, config: OlmoHybridConfig, layer: int):
@@ -168,7 +169,7 @@ register(
     presets={
         "tiny": dict(
             hidden_size=32, num_hidden_layers=2, intermediate_size=48, vocab_size=256, num_heads=4, num_kv_heads=2,
-            recurrence=dict(num_heads=2, num_v_heads=2, head_dim=8), recurrent_layers=[0],
+            recurrence=dict(num_heads=2, num_v_heads=2, head_dim=8), recurrent_layers=[1],
         ),
         "7b": dict(
             hidden_size=3840, num_hidden_layers=32, intermediate_size=11008, vocab_size=100352, num_heads=30,

@@ -1,9 +1,11 @@
 """Hybrids of transformers: parity with its models, bits kept both ways, every key accounted for."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import zoo
@@ -31,6 +33,11 @@ OLMO = BOTH | {
     "rope_parameters": {"rope_type": "default", "rope_theta": None},
 }  # fmt: skip
 MINIMAX = BOTH | {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+KIMI = BOTH | {
+    "num_key_value_heads": 4, "moe_intermediate_size": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 10,
+    "qk_nope_head_dim": 8, "num_experts_per_tok": 2, "num_local_experts": 4, "linear_head_dim": 8, "linear_num_heads": 3,
+    "n_shared_experts": 2,
+}  # fmt: skip
 CASES = {
     "qwen3_next": ("qwen3_next", QWEN),
     "qwen3_next-dense-biased": (
@@ -84,15 +91,28 @@ CASES = {
         | {"full_attn_alpha_factor": 2.5, "linear_attn_alpha_factor": 3.5, "linear_attn_beta_factor": 0.5, "mlp_alpha_factor": 1.5}
         | {"sliding_window": 6, "num_local_experts": 3, "num_experts_per_tok": 2, "tie_word_embeddings": True},
     ),
+    "kimi_linear": ("kimi_linear", KIMI),
+    "kimi_linear-grouped": (
+        "kimi_linear",
+        KIMI | {"q_lora_rank": 12, "attention_bias": True, "num_local_experts": 6, "n_group": 3, "topk_group": 2, "norm_topk_prob": False},
+    ),
+    "kimi_linear-dense": ("kimi_linear", KIMI | {"mlp_layer_types": ["dense", "dense"], "linear_conv_kernel_dim": 3}),
 }  # fmt: skip
 # what does not change what a model computes, or is said by another field
 FORGOTTEN = {
     "max_position_embeddings", "_name_or_path", "attention_dropout", "router_aux_loss_coef", "decoder_sparse_step",
     "output_router_logits", "use_mamba_kernels", "mamba_chunk_size", "block_auto_adjust_ff_dim", "block_multiple_of",
     "w_init_variance_scale", "linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor",
-    "router_jitter_noise",
+    "router_jitter_noise", "model_max_length", "pretraining_tp", "head_dim",
 }  # fmt: skip
-RECKONED = {"lfm2": {"intermediate_size"}, "jamba-biased": {"num_experts_per_tok"}}  # written as what it amounts to
+# written as what it amounts to, or of no meaning in a model without experts
+RECKONED = {
+    "lfm2": {"intermediate_size"},
+    "jamba-biased": {"num_experts_per_tok"},
+    "kimi_linear-dense": {
+        "moe_intermediate_size", "num_experts", "num_experts_per_token", "num_shared_experts", "routed_scaling_factor",
+    },
+}  # fmt: skip
 every_case = pytest.mark.parametrize("case", CASES)
 
 
@@ -104,6 +124,9 @@ def foreign_model(case: str):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.add_(torch.randn_like(buffer) * 0.1)
     return model
 
 
@@ -191,3 +214,46 @@ def test_half_precision_stays_half(case, tmp_path):
     ours.save_pretrained(tmp_path / "back", layout=CASES[case][0])
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert again.dtype == torch.bfloat16 and all(torch.equal(x, half.state_dict()[n]) for n, x in again.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "case, saved_as, published_as",
+    [
+        ("kimi_linear-dense", ".block_sparse_moe.", ".mlp."),
+        ("olmo_hybrid", "layers.1.feedforward_layer_norm.", "layers.1.post_attention_layernorm."),
+    ],
+)
+@torch.no_grad()
+def test_names_of_published_checkpoints_are_read(saved, case, saved_as, published_as, tmp_path):
+    _, ours, folder = saved(case)
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {name.replace(saved_as, published_as): tensor for name, tensor in tensors.items()}
+    assert renamed.keys() != tensors.keys()
+    save_file(renamed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    ids = token_ids(1, 7)
+    assert torch.equal(zoo.from_pretrained(tmp_path)(ids).logits, ours(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "case, changes, message",
+    [
+        ("qwen3_next", {"hidden_act": "gelu"}, "a qwen3_next with hidden_act='gelu' is not supported, only hidden_act='silu'"),
+        ("recurrent_gemma", {"intermediate_size": 51}, "odd intermediate_size"),
+        ("bamba", {"time_step_limit": [0.0, 1.0]}, "time_step_limit"),
+        ("kimi_linear", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+    ],
+)
+def test_what_we_cannot_express_is_refused(saved, case, changes, message, tmp_path):
+    _, _, folder = saved(case)
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message):
+        zoo.from_pretrained(tmp_path)
+
+
+def test_what_they_cannot_express_is_refused(tmp_path):
+    model = zoo.from_config("qwen3_next-tiny", norm="rmsnorm")
+    with pytest.raises(ValueError, match="cannot express norm='rmsnorm'"):
+        model.save_pretrained(tmp_path / "out", layout="qwen3_next")

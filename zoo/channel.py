@@ -116,27 +116,60 @@ class MixtureOfExperts(ChannelMixer):
     """Each token goes to its `top_k` of `experts` gated MLPs, weighted by the router; a shared expert sees all tokens.
 
     Switch and Mixtral routing (arXiv:2101.03961, eq. 1-2; arXiv:2401.04088, section 2.1), shared expert of DeepSeekMoE
-    (arXiv:2401.06066, eq. 9), which `shared_gate` weighs by a sigmoid, as in Qwen2-MoE. `normalize`: the chosen weights sum to one.
+    (arXiv:2401.06066, eq. 9), which `shared_gate` weighs by a sigmoid, as in Qwen2-MoE. `scores` of "sigmoid" rate every expert
+    by itself, and a bias that is not trained by gradients balances the choice (DeepSeek-V3, arXiv:2412.19437, eq. 12-16); then
+    only experts of the best `top_groups` of `groups` are eligible.
+
+    Args: normalize: the chosen weights sum to one; scale: they are multiplied by this after.
     """
 
     lora_targets = ("gate_proj", "up_proj", "down_proj")
 
     def __init__(self, config: ZooConfig, *, experts: int = 8, top_k: int = 2, expert_size: int | None = None,
-                 shared_size: int | None = None, shared_gate: bool = False, normalize: bool = True, act: str = "silu"):  # fmt: skip
+                 shared_size: int | None = None, shared_gate: bool = False, normalize: bool = True, act: str = "silu",
+                 scores: str = "softmax", groups: int = 1, top_groups: int = 1, scale: float = 1.0):  # fmt: skip
         super().__init__()
         if not 1 <= top_k <= experts:
             raise ValueError(f"moe: top_k={top_k} must lie between 1 and experts={experts}")
-        self.top_k, self.normalize = top_k, normalize
+        if scores not in ("softmax", "sigmoid") or (groups > 1 and scores == "softmax") or experts % groups or top_groups > groups:
+            raise ValueError(
+                f"moe: scores={scores!r} with top_groups={top_groups} of groups={groups} for experts={experts}; scores must be "
+                "'softmax', or 'sigmoid' with groups that divide the experts"
+            )
+        self.top_k, self.normalize, self.groups, self.top_groups, self.scale = top_k, normalize, groups, top_groups, scale
         self.router = nn.Linear(config.hidden_size, experts, bias=False)
         self.experts = nn.ModuleList(GatedMLP(config, act=act, intermediate_size=expert_size) for _ in range(experts))
         self.shared = GatedMLP(config, act=act, intermediate_size=shared_size) if shared_size else None
         self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if shared_size and shared_gate else None
+        self.register_buffer("choice_bias", torch.empty(experts) if scores == "sigmoid" else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.choice_bias is not None:
+            init.zeros_(self.choice_bias)
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and numbers of the chosen experts, `[tokens, top_k]` each."""
+        logits = self.router(tokens).float()
+        if self.choice_bias is None:
+            weights, chosen = logits.softmax(-1).topk(self.top_k, dim=-1)
+        else:
+            scores = logits.sigmoid()
+            eligible = scores + self.choice_bias
+            if self.groups > 1:
+                eligible = eligible.unflatten(-1, (self.groups, -1))
+                best = eligible.topk(min(2, eligible.shape[-1]), dim=-1).values.sum(-1).topk(self.top_groups, dim=-1).indices
+                kept = torch.zeros_like(eligible[..., 0], dtype=torch.bool).scatter(-1, best, True)
+                eligible = eligible.masked_fill(~kept.unsqueeze(-1), -torch.inf).flatten(-2)
+            chosen = eligible.topk(self.top_k, dim=-1).indices
+            weights = scores.gather(-1, chosen)
+        if self.normalize:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights * self.scale, chosen
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
         tokens = x.flatten(0, -2)
-        weights, chosen = self.router(tokens).float().softmax(-1).topk(self.top_k, dim=-1)
-        if self.normalize:
-            weights = weights / weights.sum(-1, keepdim=True)
+        weights, chosen = self.route(tokens)
         y = torch.zeros_like(tokens) if self.shared is None else self.shared(tokens)[0]
         if self.shared_gate is not None:
             y = torch.sigmoid(self.shared_gate(tokens)) * y
