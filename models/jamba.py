@@ -31,16 +31,21 @@ class JambaConfig(ZooConfig):
     conv_bias: bool = True
     step_rank: int | None = None  # None: D / 16, rounded up
     mamba_bias: bool = False  # of Mamba's input and output projections
-    experts: dict | None = None  # arguments of the channel mixer "moe", and the `every` and `offset` of its layers; None: no experts
+    experts: dict | None = None  # how many `experts`, the `top_k` in use, and the `every` and `offset` of their layers; None: none
+
+    def __post_init__(self, **kwargs):
+        if self.experts is not None:
+            self.experts = {"experts": 16, "top_k": 2, "every": 2, "offset": 1} | self.experts
+        super().__post_init__(**kwargs)
 
     def layer_configs(self) -> list[ZooConfig]:
         return [self._layer(index) for index in range(self.num_hidden_layers)]
 
     def _layer(self, index: int) -> ZooConfig:
-        fields, experts = self.shared_fields(), {"every": 2, "offset": 1, "normalize": False} | (self.experts or {})
-        every, offset = experts.pop("every"), experts.pop("offset")
-        if self.experts is not None and index % every == offset:
-            fields |= {"channel_mixer": "moe", "channel_args": experts}
+        fields = self.shared_fields()
+        if self.experts is not None and index % self.experts["every"] == self.experts["offset"]:
+            args = {name: self.experts[name] for name in ("experts", "top_k")}
+            fields |= {"channel_mixer": "moe", "channel_args": args | {"normalize": False}}
         if index % self.attention_every == self.attention_offset:
             return get("transformer").config(**fields, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, rope_theta=None)
         fields |= {"state_size": self.state_size, "expand": float(self.expand), "conv_kernel": self.conv_kernel}

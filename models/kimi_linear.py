@@ -15,6 +15,7 @@ from zoo.terms import expect, layers_of, same_fields, shell
 
 ATTENTION = dict(num_heads=32, kv_rank=512, q_rank=None, key_dim=128, shared_key_dim=64, value_dim=128, rope_theta=None, bias=False)
 RECURRENCE = dict(num_heads=32, head_dim=128, conv_kernel=4)
+EXPERTS = dict(experts=256, top_k=8, expert_size=1024, shared_size=1024, normalize=True, groups=1, top_groups=1, scale=2.446)
 
 
 @strict
@@ -25,13 +26,15 @@ class KimiLinearConfig(ZooConfig):
 
     attention: dict | None = None  # fields of MLAConfig that differ from the published model's
     recurrence: dict | None = None  # the same of KDAConfig
-    experts: dict | None = None  # arguments of the channel mixer "moe"; None: every layer is dense
+    experts: dict | None = None  # arguments of the channel mixer "moe" that differ; None: every layer is dense
     attention_layers: list[int] | None = None  # None: every fourth
     dense_layers: list[int] | None = None  # those with a gated MLP of intermediate_size instead of experts; None: none
 
     def __post_init__(self, **kwargs):
         self.attention = ATTENTION | (self.attention or {})
         self.recurrence = RECURRENCE | (self.recurrence or {})
+        if self.experts is not None:
+            self.experts = EXPERTS | self.experts
         if self.attention_layers is None:
             self.attention_layers = list(range(3, self.num_hidden_layers, 4))
         super().__post_init__(**kwargs)
@@ -43,7 +46,7 @@ class KimiLinearConfig(ZooConfig):
         attends = index in self.attention_layers
         fields = self.shared_fields() | (self.attention if attends else self.recurrence)
         if self.experts is not None and index not in (self.dense_layers or []):
-            fields |= {"channel_mixer": "moe", "channel_args": {"scores": "sigmoid"} | self.experts}
+            fields |= {"channel_mixer": "moe", "channel_args": self.experts | {"scores": "sigmoid"}}
         return get("mla" if attends else "kda").config(**fields)
 
 
@@ -52,7 +55,7 @@ MLA = {
     "shared_key_dim": "qk_rope_head_dim", "value_dim": "v_head_dim", "bias": "attention_bias",
 }  # fmt: skip
 KDA = {"num_heads": "linear_num_heads", "head_dim": "linear_head_dim", "conv_kernel": "linear_conv_kernel_dim"}
-EXPERTS = {
+EXPERT_NAMES = {
     "experts": "num_experts", "top_k": "num_experts_per_token", "expert_size": "moe_intermediate_size", "normalize": "moe_renormalize",
     "groups": "num_expert_group", "top_groups": "topk_group", "scale": "routed_scaling_factor",
 }  # fmt: skip
@@ -63,7 +66,7 @@ def from_foreign(foreign: dict) -> dict:
     # transformers ties no weights of this model, whatever its config says
     expect(foreign, hidden_act="silu", num_key_value_heads=foreign["num_attention_heads"], tie_word_embeddings=False)
     dense = layers_of(foreign["mlp_layer_types"], "dense")
-    experts = {own: foreign[name] for own, name in EXPERTS.items()}
+    experts = {own: foreign[name] for own, name in EXPERT_NAMES.items()}
     experts["shared_size"] = foreign["num_shared_experts"] * foreign["moe_intermediate_size"]
     sparse = len(dense) < foreign["num_hidden_layers"]
     return same_fields(foreign) | {
@@ -82,7 +85,7 @@ def to_foreign(config: KimiLinearConfig) -> dict:
     experts = {"experts": 2, "top_k": 1, "expert_size": 1, "normalize": True, "groups": 1, "top_groups": 1, "scale": 1.0, "shared_size": 1}
     experts |= config.experts or {}
     fields = {name: config.attention[own] for own, name in MLA.items()} | {name: config.recurrence[own] for own, name in KDA.items()}
-    return same_fields(config) | fields | {name: experts[own] for own, name in EXPERTS.items()} | {
+    return same_fields(config) | fields | {name: experts[own] for own, name in EXPERT_NAMES.items()} | {
         "rms_norm_eps": config.norm_eps,
         "num_key_value_heads": config.attention["num_heads"],
         "num_shared_experts": (experts["shared_size"] or 0) // experts["expert_size"],

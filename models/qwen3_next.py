@@ -19,6 +19,7 @@ ATTENTION = dict(
     num_heads=16, num_kv_heads=2, head_dim=256, rope_theta=10000.0, rope_fraction=0.25, rope_scaling=None, bias=False
 )  # fmt: skip
 RECURRENCE = dict(num_heads=16, num_v_heads=32, head_dim=128, value_ratio=1.0, conv_kernel=4)
+EXPERTS = dict(experts=512, top_k=10, expert_size=512, shared_size=512, normalize=True)
 
 
 @strict
@@ -31,13 +32,15 @@ class Qwen3NextConfig(ZooConfig):
     norm_eps: float = 1e-6
     attention: dict | None = None  # fields of GatedAttentionConfig that differ from the published model's
     recurrence: dict | None = None  # the same of GatedDeltaNetConfig
-    experts: dict | None = None  # arguments of the channel mixer "moe"; None: every layer is dense
+    experts: dict | None = None  # arguments of the channel mixer "moe" that differ; None: every layer is dense
     attention_layers: list[int] | None = None  # None: every fourth
     dense_layers: list[int] | None = None  # those with a gated MLP of intermediate_size instead of experts; None: none
 
     def __post_init__(self, **kwargs):
         self.attention = ATTENTION | (self.attention or {})
         self.recurrence = RECURRENCE | (self.recurrence or {})
+        if self.experts is not None:
+            self.experts = EXPERTS | self.experts
         if self.attention_layers is None:
             self.attention_layers = list(range(3, self.num_hidden_layers, 4))
         super().__post_init__(**kwargs)
@@ -49,7 +52,7 @@ class Qwen3NextConfig(ZooConfig):
         attends = index in self.attention_layers
         fields = self.shared_fields() | (self.attention if attends else self.recurrence)
         if self.experts is not None and index not in (self.dense_layers or []):
-            fields |= {"channel_mixer": "moe", "channel_args": {"shared_gate": True} | self.experts}
+            fields |= {"channel_mixer": "moe", "channel_args": self.experts | {"shared_gate": True}}
         return get("gated_attention" if attends else "gated_deltanet").config(**fields)
 
 

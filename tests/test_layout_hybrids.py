@@ -253,6 +253,16 @@ def test_what_we_cannot_express_is_refused(saved, case, changes, message, tmp_pa
         zoo.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", sorted({kind for kind, _ in CASES.values()}))
+@torch.no_grad()
+def test_what_is_made_here_is_read_there(name, tmp_path):
+    ours, ids = zoo.from_config(f"{name}-tiny").eval(), token_ids(2, 13)
+    ours.save_pretrained(tmp_path, layout=name)
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert_parity(ours(ids).logits, theirs(ids, use_cache=False).logits)
+
+
 def test_what_they_cannot_express_is_refused(tmp_path):
     model = zoo.from_config("qwen3_next-tiny", norm="rmsnorm")
     with pytest.raises(ValueError, match="cannot express norm='rmsnorm'"):
