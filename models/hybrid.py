@@ -10,6 +10,8 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 
 from zoo.config import ZooConfig
+from zoo.fla import SILU, fla_layout, rounded_up
+from zoo.layout import Rule, rename, squeeze
 from zoo.registry import get, register
 
 
@@ -57,6 +59,88 @@ def samba(width: int, pairs: int, heads: int) -> dict:
     )
 
 
+# Samba as flash-linear-attention has it: a plan of Mamba, and of attention where `attn` says so.
+MAMBA = {"state_size": "state_size", "expand": "expand", "conv_kernel": "conv_kernel", "bias": "use_bias"}
+WINDOW = {
+    "num_heads": "num_heads",
+    "num_kv_heads": "num_kv_heads",
+    "qkv_bias": "qkv_bias",
+    "window": "window_size",
+    "rope_theta": "rope_theta",
+}
+ATTENTION = {"num_kv_heads": None, "qkv_bias": False, "window_size": None, "rope_theta": 10000.0}  # what `attn` may leave out
+EVERY_OTHER = {"layers": range(1, 18, 2), "num_heads": 18, "num_kv_heads": 18, "window_size": 2048}  # where there is no `attn`
+
+
+def read_samba(foreign: dict) -> dict:
+    """Further fields for a config of Samba."""
+    count, rank = foreign["num_hidden_layers"], foreign["time_step_rank"]
+    mamba = {"mixer": "mamba", "step_rank": None if rank == "auto" else rank} | {own: foreign[name] for own, name in MAMBA.items()}
+    plan = [mamba | {"expand": float(foreign["expand"])}] * count
+    attention = foreign["attn"] or []
+    for group in [attention] if isinstance(attention, dict) else attention:
+        said = ATTENTION | group
+        window = {own: said[name] for own, name in WINDOW.items()} | {"rope_theta": float(said["rope_theta"])}
+        for index in said["layers"]:
+            if index < count:
+                plan[index] = {"mixer": "transformer", "num_kv_heads": said["num_heads"]} | {
+                    n: v for n, v in window.items() if v is not None
+                }
+    inner = rounded_up(foreign["hidden_size"] * (foreign["hidden_ratio"] or 4) * 2 / 3, 256)
+    return {"plan": plan, "intermediate_size": inner}
+
+
+def write_samba(config: HybridConfig) -> dict:
+    """The inverse. What it cannot say is left out, and noticed by mapping back."""
+    layers = config.layer_configs()
+    attended = [index for index, layer in enumerate(layers) if layer.name == "transformer"]
+    scanned = [layer for layer in layers if layer.name == "mamba"]
+    if not attended or len(attended) + len(scanned) < len(layers) or not scanned:
+        raise ValueError(f"a samba has layers of mamba and of transformer, this plan has {sorted({layer.name for layer in layers})}")
+    window, mamba = layers[attended[0]], scanned[0]
+    said = {name: getattr(window, own) for own, name in WINDOW.items()} | {"num_kv_heads": window.num_kv_heads or window.num_heads}
+    sizes = {name: getattr(mamba, own) for own, name in MAMBA.items()} | {"time_step_rank": mamba.step_rank or "auto"}
+    inner = config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64
+    return sizes | {"attn": {"layers": attended} | said, "hidden_ratio": 1.5 * inner / config.hidden_size}
+
+
+def samba_rules(config: HybridConfig) -> tuple[Rule, ...]:
+    """The two kinds of layer share names on our side, so each layer has rules of its own."""
+    rules = [
+        rename("backbone.embeddings.weight", "model.embed_tokens.weight"),
+        rename("backbone.layers.{}.{mixer,mlp}_norm.weight", "model.layers.{}.{mixer,channel}_norm.weight"),
+        rename("backbone.layers.{}.mlp.{gate,up,down}_proj.weight", "model.layers.{}.channel_mixer.{gate,up,down}_proj.weight"),
+        rename("backbone.norm_f.weight", "model.norm.weight"),
+        rename("lm_head.weight", "lm_head.weight"),
+        rename("score.{weight,bias}", "score.{weight,bias}"),
+    ]
+    for index, layer in enumerate(config.layer_configs()):
+        theirs, ours = f"backbone.layers.{index}.mixer.", f"model.layers.{index}.mixer."
+        if layer.name == "transformer":
+            rules.append(rename(theirs + "{q,k,v,o}_proj.{weight,bias}", ours + "{q,k,v,out}_proj.{weight,bias}"))
+        else:
+            rules.append(rename(theirs + "{in,x,dt,out}_proj.{weight,bias}", ours + "{in,x,dt,out}_proj.{weight,bias}"))
+            rules.append(rename(theirs + "{A_log,D}", ours + "{A_log,D}"))
+            rules.append(squeeze(theirs + "conv1d.{weight,bias}", ours + "conv.{weight,bias}"))
+    return tuple(rules)
+
+
+SAMBA = fla_layout(
+    "samba",
+    "Samba",
+    samba_rules,
+    defaults={
+        "hidden_size": 2304, "num_hidden_layers": 18, "norm_eps": 1e-5, "pad_token_id": 0, "state_size": 16, "expand": 2.0,
+        "conv_kernel": 4, "use_bias": False, "time_step_rank": "auto", "hidden_ratio": 4, "attn": EVERY_OTHER,
+    },
+    only={"attn": None, "hidden_act": SILU, "use_conv_bias": (True,)},
+    read=read_samba,
+    write=write_samba,
+    mlp=False,
+    prefix="backbone.",
+)  # fmt: skip
+
+
 register(
     "hybrid",
     config=HybridConfig,
@@ -83,4 +167,5 @@ register(
         "samba-421m": samba(1536, 6, 12),
         "samba-1.3b": samba(2304, 9, 18),
     },
+    layouts=(SAMBA,),
 )

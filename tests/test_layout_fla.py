@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import zoo
 from zoo.evaluate.closeness import assert_close
+from zoo.layout import find_layout
 
 D, L, VOCABULARY = 32, 3, 61
 TOKENS = {"vocab_size": VOCABULARY, "hidden_size": D, "num_hidden_layers": L, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2}
@@ -180,13 +181,12 @@ def keys_of(c: dict) -> dict[str, tuple[int, ...]]:
     return keys if c.get("tie_word_embeddings") else keys | {"lm_head.weight": (VOCABULARY, D)}
 
 
-def tensors_of(c: dict) -> dict[str, torch.Tensor]:
-    """Such tensors, none of them at a special value."""
-    made = {}
-    generator = torch.Generator().manual_seed(0)
-    for name, shape in keys_of(c).items():
-        drawn = torch.randn(shape, generator=generator)
-        made[name] = 1 + 0.2 * drawn if "norm" in name and name.endswith("weight") else drawn * (0.2 if len(shape) > 1 else 0.5)
+def drawn(shapes: dict) -> dict[str, torch.Tensor]:
+    """Tensors of these shapes, none of them at a special value."""
+    made, generator = {}, torch.Generator().manual_seed(0)
+    for name, shape in shapes.items():
+        x = torch.randn(shape, generator=generator)
+        made[name] = 1 + 0.2 * x if "norm" in name and name.endswith("weight") else x * (0.2 if len(shape) > 1 else 0.5)
     return made
 
 
@@ -195,7 +195,7 @@ def checkpoint(tmp_path):
     """case -> config, tensors, the folder they lie in."""
 
     def make(case: str, **changes):
-        config, tensors = config_of(case) | changes, tensors_of(config_of(case))
+        config, tensors = config_of(case) | changes, drawn(keys_of(config_of(case)))
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
         (tmp_path / "config.json").write_text(json.dumps(config))
         return config, tensors, tmp_path
@@ -475,3 +475,132 @@ def test_written_back_it_is_what_it_was(checkpoint, case, tmp_path):
     assert {name: written.get(name, value) for name, value in config.items() if name != "attn_mode"}.items() <= config.items()
     again = zoo.from_pretrained(tmp_path / "back")
     assert again.config.to_dict() | {"_name_or_path": ""} == ours.config.to_dict() | {"_name_or_path": ""}
+
+
+# -- Samba: layers of two kinds ------------------------------------------------------------------------------------------
+
+SAMBA = {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "window_size": 5, "rope_theta": 500.0}
+
+
+def mamba(w: Weights, x, c: dict) -> torch.Tensor:
+    """The selective state space `h_t = exp(dt A) h_{t-1} + dt B x_t`, read by C (arXiv:2312.00752)."""
+    inner, gate = w.linear("in_proj", x).chunk(2, -1)
+    kernel = w["conv1d.weight"]
+    inner = F.silu(F.conv1d(F.pad(inner.mT, (kernel.shape[-1] - 1, 0)), kernel, w["conv1d.bias"], groups=len(kernel)).mT)
+    rank, b, read = w.linear("x_proj", inner).split([c["hidden_size"] // 16, c["state_size"], c["state_size"]], -1)
+    dt, hidden, out = F.softplus(w.linear("dt_proj", rank)), 0, []
+    for t in range(x.shape[1]):
+        step = dt[:, t, :, None]
+        hidden = (step * -w["A_log"].exp()).exp() * hidden + step * b[:, t, None] * inner[:, t, :, None]
+        out.append((hidden * read[:, t, None]).sum(-1) + w["D"] * inner[:, t])
+    return w.linear("out_proj", torch.stack(out, 1) * F.silu(gate))
+
+
+def samba_keys() -> dict[str, tuple[int, ...]]:
+    inner, mlp = 2 * D, 256
+    scan = {"A_log": (inner, 4), "D": (inner,), "conv1d.weight": (inner, 1, 4), "conv1d.bias": (inner,), "out_proj.weight": (D, inner)}
+    scan |= {"in_proj.weight": (2 * inner, D), "x_proj.weight": (10, inner), "dt_proj.weight": (inner, 2), "dt_proj.bias": (inner,)}
+    mixers = [scan, transformer_keys(SAMBA), scan]
+    keys = {f"layers.{i}.mixer.{name}": shape for i, mixer in enumerate(mixers) for name, shape in mixer.items()}
+    for i in range(L):
+        keys |= {f"layers.{i}.{part}_norm.weight": (D,) for part in ("mixer", "mlp")}
+        keys |= {f"layers.{i}.mlp.{name}_proj.weight": (mlp, D) for name in ("gate", "up")} | {f"layers.{i}.mlp.down_proj.weight": (D, mlp)}
+    keys |= {"embeddings.weight": (VOCABULARY, D), "norm_f.weight": (D,)}
+    return {f"backbone.{name}": shape for name, shape in keys.items()} | {"lm_head.weight": (VOCABULARY, D)}
+
+
+def samba_logits(c: dict, tensors: dict, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    x = tensors["backbone.embeddings.weight"][ids]
+    for index in range(L):
+        w, mixer = (Weights(tensors, f"backbone.layers.{index}.{part}") for part in ("", "mixer."))
+        y = rms(x, w["mixer_norm.weight"])
+        x = x + (transformer(mixer, y, SAMBA, index) if index in SAMBA["layers"] else mamba(mixer, y, c))
+        y = rms(x, w["mlp_norm.weight"])
+        x = x + w.linear("mlp.down_proj", F.silu(w.linear("mlp.gate_proj", y)) * w.linear("mlp.up_proj", y))
+    return F.linear(rms(x, tensors["backbone.norm_f.weight"]), tensors["lm_head.weight"])
+
+
+@torch.no_grad()
+def test_samba(tmp_path):
+    config = {"model_type": "samba", "architectures": ["SambaForCausalLM"], "state_size": 4, "attn": SAMBA, "norm_eps": 1e-5} | TOKENS
+    tensors, ids = drawn(samba_keys()), torch.randint(0, VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(1))
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = zoo.from_pretrained(tmp_path)
+    plain, exact = (samba_logits(config, tensors, ids, dtype) for dtype in (torch.float32, torch.float64))
+    assert_close(ours(ids).logits, plain, exact, "logits")
+    ours.save_pretrained(tmp_path / "back", layout="fla-samba")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in tensors)
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert {name: written[name] for name in config} == config
+    zoo.from_config("hybrid-samba-tiny", intermediate_size=256).save_pretrained(tmp_path / "own", layout="fla-samba")
+    assert zoo.from_pretrained(tmp_path / "own").config.layer_configs()[1].window == 8
+    with pytest.raises(ValueError, match="this plan has .'gla', 'mamba', 'transformer'"):
+        zoo.from_config("hybrid-tiny").save_pretrained(tmp_path / "out", layout="fla-samba")
+
+
+# -- what cannot be said -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "case, changes, message",
+    [
+        ("gla", {"use_short_conv": True}, "gla with use_short_conv=True is not supported"),
+        ("gla", {"attn": {"layers": [1], "num_heads": 2}}, "gla with attn=.* is not supported"),
+        ("retnet", {"expand_k": 0.5}, "retnet with expand_k=0.5"),
+        ("hgrn", {"use_lower_bound": False}, "hgrn with use_lower_bound=False"),
+        ("delta_net", {"qk_norm": "sum"}, "delta_net with qk_norm='sum'"),
+        ("gated_deltanet", {"output_gate_activation": "sigmoid"}, "output_gate_activation='sigmoid'"),
+        ("kda", {"num_v_heads": 4}, "num_v_heads=4"),
+        ("rwkv6", {"expand_k": 0.5}, "rwkv6 with expand_k=0.5"),
+        ("rwkv7", {"value_dim": 2 * D}, "value_dim=64"),
+        ("linear_attn", {"feature_map": "hedgehog"}, "feature_map"),
+        ("transformer-normed", {"norm_eps": 1e-6}, "norm_eps=1e-05 only"),
+        ("gla", {"hidden_act": "powlu"}, "hidden_act='powlu'"),
+    ],
+)
+def test_what_we_cannot_express_is_refused(checkpoint, case, changes, message):
+    _, _, folder = checkpoint(case, **changes)
+    with pytest.raises(ValueError, match=message):
+        zoo.from_pretrained(folder)
+
+
+def test_old_names_are_read(checkpoint, tmp_path):
+    config, tensors, folder = checkpoint("gla")
+    expected = zoo.from_pretrained(folder)
+    old = {name.replace("g_norm_swish_gate", "g_norm"): tensor for name, tensor in tensors.items()}
+    save_file(old, folder / "model.safetensors")
+    config["rms_norm_eps"] = config.pop("norm_eps")
+    (folder / "config.json").write_text(json.dumps(config))
+    ours = zoo.from_pretrained(folder)
+    assert ours.config.norm_eps == expected.config.norm_eps == 1e-5
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in expected.state_dict().items())
+    _, tensors, folder = checkpoint("delta_net")
+    save_file({name.replace("attn.o_norm", "attn.norm"): tensor for name, tensor in tensors.items()}, folder / "model.safetensors")
+    ours = zoo.from_pretrained(folder)
+    assert torch.equal(ours.state_dict()["model.layers.1.mixer.norm.weight"], tensors["model.layers.1.attn.o_norm.weight"])
+
+
+def test_defaults_are_those_documented(tmp_path):
+    """Of a config that says no more than its type; sizes of the models published at 1.3 billion parameters."""
+    sizes = {
+        "gla": {"key_ratio": 0.5, "num_heads": 4, "intermediate_size": 5632}, "retnet": {"value_ratio": 2.0, "intermediate_size": 2816},
+        "hgrn2": {"expansion": 128}, "gated_deltanet": {"num_hidden_layers": 21, "head_dim": 256},
+        "kda": {"head_dim": 128, "gate_bias": True}, "rwkv7": {"intermediate_size": 8192, "decay_rank": 64},
+        "samba": {"hidden_size": 2304, "intermediate_size": 6144},
+    }  # fmt: skip
+    for kind, fields in sizes.items():
+        entry, layout = find_layout({"model_type": kind})
+        config = entry.config(**layout.config_map(layout.complete({"model_type": kind})))
+        assert {name: getattr(config, name) for name in fields} == fields, kind
+
+
+def test_bounds_that_fall_have_no_shared_table(tmp_path):
+    model = zoo.from_config("hgrn-tiny", num_hidden_layers=3)
+    with torch.no_grad():
+        model.model.layers[2].mixer.bound_logit.sub_(5)
+    with pytest.raises(ValueError, match="the lower bounds fall from one layer to the next"):
+        model.save_pretrained(tmp_path / "out", layout="fla-hgrn")
+    assert not (tmp_path / "out").exists()

@@ -110,7 +110,7 @@ def fla_layout(
         classes: prefix of its model classes.
         same: our field -> its field of the same meaning, beside those every model has.
         defaults: its fields and their defaults, where they differ from `DEFAULTS` or are further ones.
-        only: its field -> the values we can express, the one to write first.
+        only: its field -> the values we can express, the one to write first; None: any.
         read, write: completed config -> our further fields, and back.
         mlp: the channel mixer is its gated MLP.
         options: further ones of the `Layout`.
@@ -118,6 +118,7 @@ def fla_layout(
     defaults = DEFAULTS | (WIDTHS if mlp else {}) | (defaults or {})
     same = {name: name for name in DEFAULTS} | (same or {})
     only = ONLY | ({"hidden_act": SILU} if mlp else {}) | (only or {})
+    only = {name: values for name, values in only.items() if values is not None}
 
     def fields(foreign: dict) -> dict:
         return (mlp_fields(foreign) if mlp else {}) | read(foreign)
