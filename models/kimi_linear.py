@@ -139,7 +139,7 @@ register(
     presets={
         "tiny": dict(
             hidden_size=32, num_hidden_layers=2, intermediate_size=48, vocab_size=256, attention_layers=[1], dense_layers=[0],
-            attention=dict(num_heads=4, kv_rank=16, key_dim=8, shared_key_dim=4, value_dim=8), recurrence=dict(num_heads=2, head_dim=8),
+            attention=dict(num_heads=4, kv_rank=16, key_dim=8, shared_key_dim=4, value_dim=8), recurrence=dict(num_heads=4, head_dim=8),
             experts=dict(experts=4, top_k=2, expert_size=16, shared_size=16, scale=2.446),
         ),
         "48b-a3b": dict(

@@ -110,7 +110,7 @@ register(
     paper="arXiv:2405.04434",
     presets={
         "tiny": dict(
-            hidden_size=32, num_hidden_layers=2, num_heads=4, kv_rank=16, q_rank=12, key_dim=8, shared_key_dim=4, value_dim=8,
+            hidden_size=32, num_hidden_layers=2, num_heads=4, kv_rank=16, q_rank=16, key_dim=8, shared_key_dim=4, value_dim=8,
             vocab_size=256,
         ),
         "340m": dict(
