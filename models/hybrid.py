@@ -81,11 +81,11 @@ def read_samba(foreign: dict) -> dict:
     for group in [attention] if isinstance(attention, dict) else attention:
         said = ATTENTION | group
         window = {own: said[name] for own, name in WINDOW.items()} | {"rope_theta": float(said["rope_theta"])}
+        if window["num_kv_heads"] == window["num_heads"]:
+            window["num_kv_heads"] = None
         for index in said["layers"]:
             if index < count:
-                plan[index] = {"mixer": "transformer", "num_kv_heads": said["num_heads"]} | {
-                    n: v for n, v in window.items() if v is not None
-                }
+                plan[index] = {"mixer": "transformer"} | {name: value for name, value in window.items() if value is not None}
     inner = rounded_up(foreign["hidden_size"] * (foreign["hidden_ratio"] or 4) * 2 / 3, 256)
     return {"plan": plan, "intermediate_size": inner}
 

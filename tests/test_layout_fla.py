@@ -537,7 +537,7 @@ def test_samba(tmp_path):
     assert {name: written[name] for name in config} == config
     zoo.from_config("hybrid-samba-tiny", intermediate_size=256).save_pretrained(tmp_path / "own", layout="fla-samba")
     assert zoo.from_pretrained(tmp_path / "own").config.layer_configs()[1].window == 8
-    with pytest.raises(ValueError, match="this plan has .'gla', 'mamba', 'transformer'"):
+    with pytest.raises(ValueError, match=r"this plan has .'gla', 'mamba', 'transformer'"):
         zoo.from_config("hybrid-tiny").save_pretrained(tmp_path / "out", layout="fla-samba")
 
 
