@@ -8,7 +8,7 @@ from torch import Tensor
 from zoo.kernels.checks import accumulator
 
 # numbers a tensor of one segment holds: on a CPU little enough to stay in its cache and be reused, not returned to the system
-SEGMENT, SEGMENT_CPU = 2**24, 2**18
+SEGMENT, SEGMENT_CPU = 2**24, 2**19
 
 
 def by_segments(
@@ -22,13 +22,34 @@ def by_segments(
     """
     lead = tensors[0]
     size = max(segment_size(lead[:, 0]) // chunk, 1) * chunk
-    outs = []
-    for start in range(0, lead.shape[1], size):
+    length, out = lead.shape[1], Joined(lead.shape[1])
+    for start in range(0, length, size):
         piece = slice(start, start + size)
         decay = log_decay[:, piece] if log_decay is not None and log_decay.ndim > 1 else log_decay
-        out, state = run(*(x[:, piece] for x in tensors), decay, state)
-        outs.append(out)
-    return torch.cat(outs, dim=1) if len(outs) > 1 else outs[0], state.to(accumulator(lead.dtype))
+        part, state = run(*(x[:, piece] for x in tensors), decay, state)
+        out.append(part)
+    return out.whole(), state.to(accumulator(lead.dtype))
+
+
+class Joined:
+    """Pieces `[B, t, ...]` of a row of T tokens, one after another. Where no gradient is asked for each is copied to its place
+    at once: pieces kept until the end would take as much memory again, and new memory costs a CPU more than the copy.
+    """
+
+    def __init__(self, length: int):
+        self.length, self.filled, self.pieces = length, 0, []
+
+    def append(self, piece: Tensor) -> None:
+        if torch.is_grad_enabled() or piece.shape[1] == self.length:
+            self.pieces.append(piece)
+            return
+        if not self.pieces:
+            self.pieces.append(piece.new_empty(piece.shape[0], self.length, *piece.shape[2:]))
+        self.pieces[0][:, self.filled : self.filled + piece.shape[1]] = piece
+        self.filled += piece.shape[1]
+
+    def whole(self) -> Tensor:
+        return self.pieces[0] if len(self.pieces) == 1 else torch.cat(self.pieces, dim=1)
 
 
 def segment_size(token: Tensor) -> int:

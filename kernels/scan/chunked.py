@@ -9,7 +9,7 @@ The gradient of a scan is a scan the other way: with g_t the gradient of h_t alo
 
     G_t = g_t + conj(a_{t+1}) G_{t+1}        dx_t = G_t        da_t = G_t conj(h_{t-1})
 
-so nothing but decays and states is kept for it.
+so nothing but log-decays and states is kept for it.
 """
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from zoo.kernels.checks import accumulator
-from zoo.kernels.chunking import segment_size
+from zoo.kernels.chunking import Joined, segment_size
 from zoo.kernels.scan.reference import carried_dtype, real_part
 
 CHUNK, LEAST = 256, 16  # a selective scan's chunk: most and least tokens
@@ -27,11 +27,11 @@ FEW = 8  # tokens no longer worth pairing
 def scan(x, log_decay, state, reverse: bool) -> tuple[Tensor, Tensor]:
     acc = carried_dtype(x.dtype, x, log_decay)
     out_dtype = acc if acc.is_complex else x.dtype
-    decay = log_decay.to(acc).exp().expand(x.shape)
+    log_decay = log_decay.to(acc).expand(x.shape)
     x = x.to(carried_dtype(x.dtype, x))
     if state is None:
         state = x.new_zeros(x.shape[0], x.shape[2], dtype=acc)
-    h = Scan.apply(x, decay, state, reverse)
+    h = Scan.apply(x, log_decay, state, reverse)
     return h.to(out_dtype), h[:, 0 if reverse else -1].clone()
 
 
@@ -47,14 +47,14 @@ def selective_scan(x, dt, A, B, C, D, state) -> tuple[Tensor, Tensor]:
     state = state.unflatten(1, (groups, -1)).transpose(2, 3)
     recompute = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, rates, B, C, state))
     chunk = min(max(segment_size(state), LEAST), CHUNK)
-    outs = []
+    outs = Joined(x.shape[1])
     for pieces in zip(*(t.split(chunk, dim=1) for t in (x, dt, B, C)), strict=True):
         if recompute:
             out, state = checkpoint(_selective_chunk, *pieces, rates, state, use_reentrant=False, preserve_rng_state=False)
         else:
             out, state = _selective_chunk(*pieces, rates, state)
         outs.append(out)
-    out = torch.cat(outs, dim=1)
+    out = outs.whole()
     if D is not None:
         out = out + (x * D.to(real).unflatten(0, (groups, 1, -1))).squeeze(3)
     return out.flatten(2).to(dtype), state.transpose(2, 3).flatten(1, 2)
@@ -62,46 +62,46 @@ def selective_scan(x, dt, A, B, C, D, state) -> tuple[Tensor, Tensor]:
 
 def _selective_chunk(x, dt, B, C, rates, state) -> tuple[Tensor, Tensor]:
     """`[B, C, G, D / G]` outputs of one chunk and the state behind it, `[B, G, N, D / G]`."""
-    h = Scan.apply((dt * x) * B, (dt * rates).exp_(), state, False)
+    h = Scan.apply((dt * x) * B, dt * rates, state, False)
     return real_part((C @ h).squeeze(3)), h[:, -1].clone()
 
 
 class Scan(torch.autograd.Function):
-    """All states of `h_t = decay_t h_{t-1} + x_t`: x and decay `[B, T, ...]`, state `[B, ...]`, of one dtype, but x may be real
-    where the others are complex. A decay expanded along T is read as the one it is."""
+    """All states of `h_t = exp(log_decay_t) h_{t-1} + x_t`: x and log_decay `[B, T, ...]`, state `[B, ...]`, of one dtype, but x may
+    be real where the others are complex. A decay expanded along T is read as the one it is."""
 
     @staticmethod
-    def forward(x: Tensor, decay: Tensor, state: Tensor, reverse: bool) -> Tensor:
-        states = torch.empty_like(x, dtype=decay.dtype, memory_format=torch.contiguous_format)
-        if decay.stride(1) == 0:
-            decay = decay[:, :1]
+    def forward(x: Tensor, log_decay: Tensor, state: Tensor, reverse: bool) -> Tensor:
+        states = torch.empty_like(x, dtype=log_decay.dtype, memory_format=torch.contiguous_format)
+        alike = log_decay[:, :1].exp() if log_decay.stride(1) == 0 else None
         size = segment_size(state)
         starts = range(0, x.shape[1], size)
         for start in starts[::-1] if reverse else starts:
             piece = slice(start, start + size)
-            _walk(x[:, piece], decay if decay.shape[1] == 1 else decay[:, piece], state, states[:, piece], reverse)
-            state = states[:, piece][:, 0 if reverse else -1]
+            into = states[:, piece]
+            _walk(x[:, piece], log_decay[:, piece].exp() if alike is None else alike, state, into, reverse)
+            state = into[:, 0 if reverse else -1]
         return states
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, decay, state, ctx.reverse = inputs
+        x, log_decay, state, ctx.reverse = inputs
         ctx.real = not x.is_complex()
-        ctx.save_for_backward(decay, state, output)
+        ctx.save_for_backward(log_decay, state, output)
 
     @staticmethod
     def backward(ctx, grad):
-        decay, state, states = ctx.saved_tensors
+        log_decay, state, states = ctx.saved_tensors
         if ctx.reverse:
-            later = torch.cat([torch.ones_like(decay[:, :1]), decay[:, :-1]], dim=1)
+            later = torch.cat([torch.zeros_like(log_decay[:, :1]), log_decay[:, :-1]], dim=1)
             before = torch.cat([states[:, 1:], state.unsqueeze(1)], dim=1)
         else:
-            later = torch.cat([decay[:, 1:], torch.ones_like(decay[:, :1])], dim=1)
+            later = torch.cat([log_decay[:, 1:], torch.zeros_like(log_decay[:, :1])], dim=1)
             before = torch.cat([state.unsqueeze(1), states[:, :-1]], dim=1)
         reached = Scan.apply(grad, later.conj(), torch.zeros_like(state), not ctx.reverse)
+        kept = reached * log_decay.exp().conj()  # what reaches each token's past
         first = -1 if ctx.reverse else 0
-        into_x = reached.real if ctx.real else reached
-        return into_x, reached * before.conj(), reached[:, first] * decay[:, first].conj(), None
+        return reached.real if ctx.real else reached, kept * before.conj(), kept[:, first], None
 
 
 def _walk(x: Tensor, decay: Tensor, state: Tensor, into: Tensor, reverse: bool) -> None:
