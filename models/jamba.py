@@ -104,7 +104,7 @@ register(
     paper="arXiv:2403.19887",
     presets={
         "tiny": dict(
-            hidden_size=32, num_hidden_layers=2, intermediate_size=48, vocab_size=256, num_heads=4, num_kv_heads=2, state_size=4,
+            hidden_size=32, num_hidden_layers=2, intermediate_size=48, vocab_size=256, num_heads=4, num_kv_heads=2, state_size=8,
             attention_every=2, attention_offset=1, experts=dict(experts=4, top_k=2),
         ),
         "52b": dict(
