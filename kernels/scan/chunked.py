@@ -99,7 +99,8 @@ class Scan(torch.autograd.Function):
             later = torch.cat([log_decay[:, 1:], torch.zeros_like(log_decay[:, :1])], dim=1)
             before = torch.cat([state.unsqueeze(1), states[:, :-1]], dim=1)
         reached = Scan.apply(grad, later.conj(), torch.zeros_like(state), not ctx.reverse)
-        kept = reached * log_decay.exp().conj()  # what reaches each token's past
+        decay = (log_decay[:, :1] if log_decay.stride(1) == 0 else log_decay).exp()
+        kept = reached * decay.conj()  # what reaches each token's past
         first = -1 if ctx.reverse else 0
         return reached.real if ctx.real else reached, kept * before.conj(), kept[:, first], None
 

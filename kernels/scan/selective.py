@@ -50,7 +50,7 @@ def selective_scan(
         BackendError: the backend asked for cannot run here.
 
     Cost: `6 B T D N` FLOP and `B T D N` exponentials. `chunked` holds the states of C tokens at a time, and for the
-    backward pass one state every C tokens; C is 256, or less (down to 16) where that would be over 2^22 numbers.
+    backward pass one state every C tokens; C is 256, or less (down to 16) where that would be more than a segment (`zoo.kernels.chunking`).
 
     Source: Mamba arXiv:2312.00752, Algorithm 2, with B discretised as `dt B`; complex states as in S4D arXiv:2206.11893.
     """
