@@ -224,9 +224,10 @@ def classifies(subject: Subject) -> None:
     """Sequences and tokens; a padded row is classified as it is alone."""
     rows = [subject.tokens(1, length, seed=length) for length in (3, 8)]
     ids, mask = left_padded(rows)
+    count = 64  # enough numbers for the noise among them to be typical
     for task, labels in (("sequence_classification", torch.tensor([0, 2])), ("token_classification", mask * 2)):
-        model = subject.model(task, num_labels=3)
-        exact = subject.model(task, num_labels=3, dtype=torch.float64)
+        model = subject.model(task, num_labels=count)
+        exact = subject.model(task, num_labels=count, dtype=torch.float64)
         out = model(ids, attention_mask=mask, labels=labels)
         out.loss.backward()
         assert torch.isfinite(out.loss)
