@@ -31,6 +31,7 @@ class ChannelMixer(Layer):
     """A channel mixer without a state, unless a subclass says otherwise."""
 
     lora_targets: tuple[str, ...] = ("up_proj", "down_proj")
+    waits_for_device: bool = False  # a decode step needs a value on the host
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype, device) -> State:
         return {}
@@ -124,6 +125,7 @@ class MixtureOfExperts(ChannelMixer):
     """
 
     lora_targets = ("gate_proj", "up_proj", "down_proj")
+    waits_for_device = True  # which experts have work is read on the host, so that idle ones are not computed
 
     def __init__(self, config: ZooConfig, *, experts: int = 8, top_k: int = 2, expert_size: int | None = None,
                  shared_size: int | None = None, shared_gate: bool = False, normalize: bool = True, act: str = "silu",
