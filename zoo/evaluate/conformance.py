@@ -6,13 +6,14 @@ architecture denies is not skipped: the property then asserts that asking for it
 
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from zoo.evaluate.closeness import assert_close
-from zoo.evaluate.subject import Subject, mix, pieces
+from zoo.evaluate.subject import Subject, by_definition, mix, pieces
 from zoo.kernels.packing import Packing
 
 MIXER_PROPERTIES: dict[str, Callable[[Subject], None]] = {}
@@ -86,13 +87,17 @@ def prefill_then_steps_equal_the_whole(subject: Subject) -> None:
         return
     with torch.no_grad():
         mixer, x = subject.mixer(), subject.inputs(2, LENGTH)
-        plain, plain_state = mix(mixer, x)
-        exact, exact_state = mix(subject.mixer(torch.float64), x.double())
+        with by_definition():
+            plain, plain_state = mix(mixer, x)
+            exact, exact_state = mix(subject.mixer(torch.float64), x.double())
+        whole, whole_state = mix(mixer, x)
+        assert_close(whole, plain, exact, "the whole at once")
         for prefill in (0, 1, 13, LENGTH - 1):
             result, state = pieces(mixer, x, list(range(prefill, LENGTH)))
-            assert_close(result, plain, exact, f"prefill of {prefill}, then steps")
+            assert_close(result, (plain, whole), exact, f"prefill of {prefill}, then steps")
             for name in state:
-                assert_close(state[name], plain_state[name], exact_state[name], f"state {name} after a prefill of {prefill} and steps")
+                plains = (plain_state[name], whole_state[name])
+                assert_close(state[name], plains, exact_state[name], f"state {name} after a prefill of {prefill} and steps")
 
 
 @of_mixers
@@ -102,8 +107,10 @@ def any_split_of_a_prefill_is_the_whole(subject: Subject) -> None:
     with torch.no_grad():
         length = 150
         mixer, x = subject.mixer(), subject.inputs(1, length)
-        plain, _ = mix(mixer, x)
-        exact, _ = mix(subject.mixer(torch.float64), x.double())
+        with by_definition():
+            plain, _ = mix(mixer, x)
+            exact, _ = mix(subject.mixer(torch.float64), x.double())
+        plain = (plain, mix(mixer, x)[0])
         for cuts in ([1], [64], [65, 66], [3, 70, 149]):
             assert_close(pieces(mixer, x, cuts)[0], plain, exact, f"cut at {cuts}")
 
@@ -114,14 +121,22 @@ def state_passes_gradients(subject: Subject) -> None:
     if not subject.entry.mixer.traits.causal:
         return
     grads = []
-    for dtype, cuts in ((torch.float64, []), (torch.float32, []), (torch.float32, [8]), (torch.float32, [8, 9, 10])):
+    for dtype, cuts in (
+        (torch.float64, None),
+        (torch.float32, None),
+        (torch.float32, []),
+        (torch.float32, [8]),
+        (torch.float32, [8, 9, 10]),
+    ):
         mixer, x = subject.mixer(dtype), subject.inputs(1, LENGTH, dtype).requires_grad_()
-        y, _ = pieces(mixer, x, cuts)
+        with by_definition() if cuts is None else nullcontext():
+            y, _ = pieces(mixer, x, cuts or [])
         weight = subject.inputs(1, LENGTH, dtype, seed=5)
         grads.append(torch.autograd.grad((y * weight)[:, 8:].sum(), x)[0])
-    exact, plain, *results = grads
+    exact, plain, whole, *results = grads
+    assert_close(whole, plain, exact, "gradient of the whole", gradient=True)
     for result in results:
-        assert_close(result, plain, exact, "gradient through the state", gradient=True)
+        assert_close(result, (plain, whole), exact, "gradient through the state", gradient=True)
 
 
 @of_mixers
@@ -151,8 +166,10 @@ def initial_state_is_nothing_seen(subject: Subject) -> None:
         return
     with torch.no_grad():
         mixer, x = subject.mixer(), subject.inputs(2, LENGTH)
-        plain, _ = mix(mixer, x)
-        exact, _ = mix(subject.mixer(torch.float64), x.double())
+        with by_definition():
+            plain, _ = mix(mixer, x)
+            exact, _ = mix(subject.mixer(torch.float64), x.double())
+        plain = (plain, mix(mixer, x)[0])
         result, _ = mix(mixer, x, mixer.initial_state(2, LENGTH))
         assert_close(result, plain, exact, "from the initial state")
 
@@ -161,8 +178,10 @@ def initial_state_is_nothing_seen(subject: Subject) -> None:
 def rows_are_independent(subject: Subject) -> None:
     with torch.no_grad():
         mixer, x = subject.mixer(), subject.inputs(3, LENGTH)
-        plain, _ = mix(mixer, x)
-        exact, _ = mix(subject.mixer(torch.float64), x.double())
+        with by_definition():
+            plain, _ = mix(mixer, x)
+            exact, _ = mix(subject.mixer(torch.float64), x.double())
+        plain = (plain, mix(mixer, x)[0])
         alone = torch.cat([mix(mixer, row)[0] for row in x.split(1)])
         assert_close(alone, plain, exact, "rows one by one")
 
@@ -174,20 +193,26 @@ def packed_documents_are_separate(subject: Subject) -> None:
     packing = Packing.from_lengths(lengths)
     causal = subject.entry.mixer.traits.causal
     results = []
-    for dtype, packed in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+    for dtype, packed, defined in (
+        (torch.float64, False, True),
+        (torch.float32, False, True),
+        (torch.float32, False, False),
+        (torch.float32, True, False),
+    ):
         mixer, x = subject.mixer(dtype), subject.inputs(1, sum(lengths), dtype).requires_grad_()
-        if packed:
-            y, state = mix(mixer, x, None, packing)
-        else:
-            outs, states = zip(*(mix(mixer, piece) for piece in x.split(lengths, dim=1)), strict=True)
-            y, state = torch.cat(outs, dim=1), join_states(states) if causal else {}
+        with by_definition() if defined else nullcontext():
+            if packed:
+                y, state = mix(mixer, x, None, packing)
+            else:
+                outs, states = zip(*(mix(mixer, piece) for piece in x.split(lengths, dim=1)), strict=True)
+                y, state = torch.cat(outs, dim=1), join_states(states) if causal else {}
         (gradient,) = torch.autograd.grad((y * subject.inputs(1, sum(lengths), dtype, seed=5)).sum(), x)
         results.append((y.detach(), gradient, state))
-    (exact, exact_grad, exact_state), (plain, plain_grad, plain_state), (result, grad, state) = results
-    assert_close(result, plain, exact, "packed outputs")
-    assert_close(grad, plain_grad, exact_grad, "packed gradients", gradient=True)
-    for name in exact_state:
-        assert_close(state[name], plain_state[name], exact_state[name], f"state {name} of packed documents")
+    exact, plain, apart, (result, grad, state) = results
+    assert_close(result, (plain[0], apart[0]), exact[0], "packed outputs")
+    assert_close(grad, (plain[1], apart[1]), exact[1], "packed gradients", gradient=True)
+    for name in exact[2]:
+        assert_close(state[name], (plain[2][name], apart[2][name]), exact[2][name], f"state {name} of packed documents")
 
 
 def join_states(states: tuple[dict[str, Tensor], ...]) -> dict[str, Tensor]:
@@ -222,11 +247,13 @@ def packed_documents_continue(subject: Subject) -> None:
         expected = []
         for row, a, _ in zip(rows, first, second, strict=True):
             whole = torch.cat([row, subject.inputs(1, 1, seed=8)], dim=1)
-            expected.append((mix(mixer, whole)[0][:, a:], mix(wide, whole.double())[0][:, a:]))
-        plain, exact = (torch.cat([pair[i][:, :-1] for pair in expected], dim=1) for i in (0, 1))
-        assert_close(result, plain, exact, "continued packed row")
-        plain, exact = (torch.cat([pair[i][:, -1:] for pair in expected]) for i in (0, 1))
-        assert_close(step, plain, exact, "a step after packed rows of unequal length")
+            with by_definition():
+                defined, exact = mix(mixer, whole)[0], mix(wide, whole.double())[0]
+            expected.append([y[:, a:] for y in (defined, mix(mixer, whole)[0], exact)])
+        *plain, exact = (torch.cat([y[:, :-1] for y in same], dim=1) for same in zip(*expected, strict=True))
+        assert_close(result, tuple(plain), exact, "continued packed row")
+        *plain, exact = (torch.cat([y[:, -1:] for y in same]) for same in zip(*expected, strict=True))
+        assert_close(step, tuple(plain), exact, "a step after packed rows of unequal length")
 
 
 @of_mixers

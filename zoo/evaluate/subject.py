@@ -9,6 +9,7 @@ from zoo import registry
 from zoo.auto import model_class
 from zoo.config import ZooConfig
 from zoo.mixer import Mixer, State, Traits
+from zoo.ops import use_backend
 
 
 class Subject:
@@ -59,6 +60,11 @@ class Subject:
         """Random token ids `[B, T]`, none of them a special one."""
         generator = torch.Generator().manual_seed(seed)
         return torch.randint(3, self.config().vocab_size, (batch, length), generator=generator)
+
+
+def by_definition():
+    """Within this context operators run their definition: what results are compared with, in float64 and in the dtype under test."""
+    return use_backend("reference")
 
 
 def mix(mixer: Mixer, x: Tensor, state: State | None = None, packing=None) -> tuple[Tensor, State]:
