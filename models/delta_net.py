@@ -11,7 +11,6 @@ eigenvalues, after arXiv:2411.12537.
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo import ops
 from zoo.config import ZooConfig
@@ -19,7 +18,7 @@ from zoo.fla import BODY, CONVOLUTION, GATED_MLP, SHELL, convolutions, fla_layou
 from zoo.kernels.checks import accumulator
 from zoo.kernels.delta_rule import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import RMSNorm, ShortConv, merge_heads, split_heads, unit_length, wide
+from zoo.layers import RMSNorm, ShortConv, convolve_together, merge_heads, split_heads, unit_length, wide
 from zoo.mixer import Mixer, State
 from zoo.registry import register
 
@@ -48,12 +47,12 @@ class DeltaNetMixer(Mixer):
         keys, values = int(width * config.key_ratio), int(width * config.value_ratio)
         if keys % self.heads or values % self.heads:
             raise ValueError(f"DeltaNetConfig: {keys} key and {values} value channels are not divisible by num_heads={self.heads}")
-        self.keys, self.values, self.sizes = keys // self.heads, values // self.heads, [keys, keys, values]
+        self.keys, self.values = keys // self.heads, values // self.heads
         self.largest_beta = 2.0 if config.allow_negative_eigenvalues else 1.0
         self.q_proj = nn.Linear(width, keys, bias=False)
         self.k_proj = nn.Linear(width, keys, bias=False)
         self.v_proj = nn.Linear(width, values, bias=False)
-        self.conv = ShortConv(sum(self.sizes), config.conv_kernel) if config.conv_kernel else None
+        self.conv = ShortConv(2 * keys + values, config.conv_kernel) if config.conv_kernel else None
         self.beta_proj = nn.Linear(width, self.heads, bias=False)
         self.norm = RMSNorm(self.values, config.norm_eps)
         self.out_proj = nn.Linear(values, width, bias=False)
@@ -66,12 +65,9 @@ class DeltaNetMixer(Mixer):
         return flops(length, self.heads, self.keys, self.values)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        qkv, after = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), {}
-        if self.conv is None:
-            qkv = F.silu(qkv)
-        else:
-            qkv, after["conv"] = self.conv(qkv, state["conv"] if state else None, packing)
-        q, k, v = (split_heads(t, self.heads) for t in qkv.split(self.sizes, dim=-1))
+        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        parts, after = convolve_together(parts, self.conv, state, packing)
+        q, k, v = (split_heads(t, self.heads) for t in parts)
         beta = self.largest_beta * wide(self.beta_proj(x)).sigmoid()
         memory = state["memory"] if state else None
         o, after["memory"] = ops.delta_rule(unit_length(q), unit_length(k), v, beta, state=memory, packing=packing)

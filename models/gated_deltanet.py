@@ -13,7 +13,6 @@ Qwen3-Next; beta up to two, for negative eigenvalues, after arXiv:2411.12537.
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo import ops
 from zoo.config import ZooConfig
@@ -21,7 +20,7 @@ from zoo.fla import CONVOLUTION, GATED_MLP, SHELL, SILU, convolutions, fla_layou
 from zoo.kernels.checks import accumulator
 from zoo.kernels.delta_rule import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import GatedNorm, ShortConv, SoftplusDecay, merge_heads, split_heads, unit_length, wide
+from zoo.layers import GatedNorm, ShortConv, SoftplusDecay, convolve_together, merge_heads, split_heads, unit_length, wide
 from zoo.mixer import Mixer, State
 from zoo.registry import register
 
@@ -81,12 +80,8 @@ class GatedDeltaNetMixer(Mixer):
         return flops(length, self.heads, self.keys, self.values)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        qkv, after = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), {}
-        if self.conv is None:
-            qkv = F.silu(qkv)
-        else:
-            qkv, after["conv"] = self.conv(qkv, state["conv"] if state else None, packing)
-        q, k, v = qkv.split(self.sizes, dim=-1)
+        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        (q, k, v), after = convolve_together(parts, self.conv, state, packing)
         q, k = (unit_length(split_heads(t, self.groups)) for t in (q, k))
         beta = self.largest_beta * wide(self.beta_proj(x)).sigmoid()
         log_decay = self.decay(self.decay_proj(x))

@@ -14,7 +14,6 @@ negative eigenvalues, after arXiv:2411.12537.
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from zoo import ops
 from zoo.config import ZooConfig
@@ -22,7 +21,7 @@ from zoo.fla import CONVOLUTION, GATED_MLP, SHELL, convolutions, fla_layout, lay
 from zoo.kernels.checks import accumulator
 from zoo.kernels.delta_rule import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import GatedNorm, LowRank, ShortConv, SoftplusDecay, merge_heads, split_heads, unit_length, wide
+from zoo.layers import GatedNorm, LowRank, ShortConv, SoftplusDecay, convolve_together, merge_heads, split_heads, unit_length, wide
 from zoo.mixer import Mixer, State
 from zoo.registry import register
 
@@ -56,12 +55,11 @@ class KDAMixer(Mixer):
         width, self.heads = config.hidden_size, config.num_heads
         self.keys, self.values = config.head_dim, int(config.head_dim * config.value_ratio)
         keys, values = self.heads * self.keys, self.heads * self.values
-        self.sizes = [keys, keys, values]
         self.largest_beta = 2.0 if config.allow_negative_eigenvalues else 1.0
         self.q_proj = nn.Linear(width, keys, bias=False)
         self.k_proj = nn.Linear(width, keys, bias=False)
         self.v_proj = nn.Linear(width, values, bias=False)
-        self.conv = ShortConv(sum(self.sizes), config.conv_kernel) if config.conv_kernel else None
+        self.conv = ShortConv(2 * keys + values, config.conv_kernel) if config.conv_kernel else None
         self.beta_proj = nn.Linear(width, self.heads, bias=False)
         self.decay_proj = LowRank(width, self.values, keys, bias=False)
         self.decay = SoftplusDecay(self.heads, self.keys)
@@ -77,12 +75,9 @@ class KDAMixer(Mixer):
         return flops(length, self.heads, self.keys, self.values)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        qkv, after = torch.cat([self.q_proj(x), self.k_proj(x), self.v_proj(x)], dim=-1), {}
-        if self.conv is None:
-            qkv = F.silu(qkv)
-        else:
-            qkv, after["conv"] = self.conv(qkv, state["conv"] if state else None, packing)
-        q, k, v = (split_heads(t, self.heads) for t in qkv.split(self.sizes, dim=-1))
+        parts = (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+        parts, after = convolve_together(parts, self.conv, state, packing)
+        q, k, v = (split_heads(t, self.heads) for t in parts)
         beta = self.largest_beta * wide(self.beta_proj(x)).sigmoid()
         log_decay = self.decay(self.decay_proj(x))
         memory = state["memory"] if state else None

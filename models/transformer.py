@@ -20,7 +20,7 @@ from zoo.layers import RMSNorm, check_rope_scaling, merge_heads, rotary_table, r
 from zoo.layout import Layout, drop, rename, split
 from zoo.mixer import State
 from zoo.registry import register
-from zoo.terms import SAME
+from zoo.terms import SAME, foreign_activation, own_activation
 
 
 @strict
@@ -92,7 +92,6 @@ class TransformerMixer(AttentionMixer):
 
 
 RENAMED = {"norm_eps": "rms_norm_eps", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}
-ACTS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 
 def from_llama(foreign: dict) -> dict:
@@ -108,9 +107,7 @@ def from_llama(foreign: dict) -> dict:
         raise ValueError(f"partial_rotary_factor={fields['rope_fraction']} turns {turning} channels of a head; it must be an even number")
     fields["rope_scaling"] = None if rope["rope_type"] == "default" else {n: v for n, v in rope.items() if n != "type"}
     check_rope_scaling(fields["rope_scaling"])
-    if foreign["hidden_act"] not in ACTS:
-        raise ValueError(f"hidden_act {foreign['hidden_act']!r} is not supported; known: {', '.join(ACTS)}")
-    args = {"act": ACTS[foreign["hidden_act"]], "bias": foreign.get("mlp_bias", False)}
+    args = {"act": own_activation(foreign["hidden_act"]), "bias": foreign.get("mlp_bias", False)}
     fields["channel_args"] = {n: v for n, v in args.items() if v not in ("silu", False)} or None
     biased = foreign.get("attention_bias", False)
     fields |= {"qkv_bias": biased or foreign["model_type"] == "qwen2", "out_bias": biased, "qk_norm": foreign["model_type"] == "qwen3"}
@@ -135,7 +132,7 @@ def to_llama(config: TransformerConfig, kind: str) -> dict:
     fields["rope_parameters"]["rope_theta"] = config.rope_theta
     if kind == "phi3":
         fields["rope_parameters"]["partial_rotary_factor"] = config.rope_fraction
-    fields["hidden_act"] = {own: name for name, own in ACTS.items() if name != "swish"}.get(args.get("act", "silu"), "silu")
+    fields["hidden_act"] = foreign_activation(args.get("act", "silu"))
     if kind == "llama":
         fields |= {"mlp_bias": args.get("bias", False)}
     if kind in ("llama", "qwen3"):

@@ -1,12 +1,11 @@
 """Checkpoints of further teachers: parity with transformers, bits kept both ways, and strictness about what cannot be said."""
 
 import copy
-import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_layout import token_ids, write_config
+from test_layout import check_written_back, token_ids, write_config
 from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 import zoo
@@ -151,13 +150,7 @@ def test_a_padded_batch_equals_the_sequences_alone_in_transformers(saved, case):
 @every_case
 def test_written_back_it_is_what_it_was(saved, case, tmp_path):
     theirs, folder = saved(case)
-    zoo.from_pretrained(folder).save_pretrained(tmp_path, layout=CASES[case][0])
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    before, after = theirs.state_dict(), again.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    old, new = (json.loads((f / "config.json").read_text()) for f in (folder, tmp_path))
-    assert not {n: (v, new.get(n)) for n, v in old.items() if n not in FORGOTTEN and new.get(n) != v}
+    check_written_back(theirs, folder, tmp_path, CASES[case][0], FORGOTTEN)
 
 
 @every_case

@@ -81,6 +81,21 @@ class ShortConv(Layer):
         return ops.short_conv(x, self.weight, self.bias, activation=self.activation, state=state, packing=packing)
 
 
+def convolve_together(
+    parts: tuple[Tensor, ...], conv: ShortConv | None, state: dict[str, Tensor] | None, packing: Packing | None
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+    """Queries, keys and values through one convolution over all their channels, or through SiLU alone where there is none.
+
+    Returns: the parts, and the new state: `conv`, or nothing.
+    """
+    joined, after = torch.cat(parts, dim=-1), {}
+    if conv is None:
+        joined = nn.functional.silu(joined)
+    else:
+        joined, after["conv"] = conv(joined, state["conv"] if state else None, packing)
+    return joined.split([part.shape[-1] for part in parts], dim=-1), after
+
+
 class LowRank(nn.Module):
     """`up(activation(down(x)))`, a linear map of small rank; the bias belongs to `up`."""
 
