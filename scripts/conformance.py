@@ -12,8 +12,7 @@ from tqdm import tqdm
 import zoo
 from zoo import registry
 from zoo.auto import model_class
-from zoo.evaluate.conformance import MIXER_PROPERTIES, run
-from zoo.evaluate.model_properties import MODEL_PROPERTIES
+from zoo.evaluate.battery import MIXER_PROPERTIES, MODEL_PROPERTIES, run
 
 
 def main() -> int:

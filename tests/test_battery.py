@@ -8,8 +8,7 @@ import torch
 
 import zoo
 from zoo import registry
-from zoo.evaluate.conformance import MIXER_PROPERTIES, run
-from zoo.evaluate.model_properties import MODEL_PROPERTIES
+from zoo.evaluate.battery import MIXER_PROPERTIES, MODEL_PROPERTIES, run
 
 TOY = """
 import torch

@@ -3,7 +3,7 @@
 import pytest
 
 import zoo
-from zoo.evaluate.conformance import MIXER_PROPERTIES
+from zoo.evaluate.battery import MIXER_PROPERTIES
 from zoo.evaluate.subject import Subject
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 import zoo
-from zoo.evaluate.model_properties import MODEL_PROPERTIES
+from zoo.evaluate.battery import MODEL_PROPERTIES
 from zoo.evaluate.subject import Subject
 
 

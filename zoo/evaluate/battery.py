@@ -1,0 +1,7 @@
+"""The whole battery: properties of mixers and of models, each a name and a function of a `Subject`."""
+
+import zoo.evaluate.generation_properties  # noqa: F401  (enters its properties)
+from zoo.evaluate.conformance import MIXER_PROPERTIES, run
+from zoo.evaluate.model_properties import MODEL_PROPERTIES
+
+__all__ = ["MIXER_PROPERTIES", "MODEL_PROPERTIES", "run"]
