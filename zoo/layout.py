@@ -225,6 +225,8 @@ class Layout:
         aliases: (old, new) patterns of foreign keys; checkpoints with the old name are read as well.
         file: what the weights are written to. Files of torch (.bin, .pth) repeat tied tensors, as their libraries load strictly;
             a .pth stands alone: its foreign config is `{"tensors": {key: shape}}`.
+        trials: short name -> fields of the foreign config, of sizes that test in no time, on which `zoo.evaluate.parity` proves the
+            layout against transformers. They lie over the sizes that all trials share; "model_type" chooses among several types.
     """
 
     name: str
@@ -238,6 +240,7 @@ class Layout:
     classes: str = ""
     aliases: tuple[tuple[str, str], ...] = ()
     file: str = "model.safetensors"
+    trials: dict[str, dict] = field(default_factory=dict)
 
     def to_zoo(self, state: State, model, *, other_task: bool = False) -> tuple[State, Report]:
         """Our state dict from a foreign one.
