@@ -47,6 +47,10 @@ def rewrite(folder, change):
         (lambda: zoo.from_config("gla-tiny", channel_args={"actt": "relu"}), ["actt"]),
         (lambda: zoo.from_config("gla-tiny", task="translation"), ["translation", "causal_lm"]),
         (lambda: zoo.from_config("gla-tiny", causal=False), ["causal"]),
+        (lambda: zoo.from_config("gla-tiny", max_position_embeddings=4, position_offset=4), ["position_offset=4", "row"]),
+        (lambda: zoo.from_config("gla-tiny", position_offset=1), ["position_offset=1", "max_position_embeddings=None"]),
+        (lambda: zoo.from_config("gla-tiny", token_types=-1), ["token_types", "negative"]),
+        (lambda: zoo.from_config("longformer-tiny", head_args={"act": "gellu"}), ["gellu", "gelu"]),
         (lambda: zoo.from_config("hybrid-tiny", num_hidden_layers=2, plan=["gla"] * 3), ["3 entries", "num_hidden_layers=2"]),
         (lambda: zoo.from_config("hybrid-tiny", num_hidden_layers=2, plan=["gla"]), ["1 entries", "num_hidden_layers=2"]),
         (lambda: zoo.from_config("hybrid-tiny", num_hidden_layers=2, plan=["gla", "glaa"]), ["glaa", "gla"]),
@@ -101,6 +105,17 @@ def test_a_sequence_longer_than_the_position_table():
         model(torch.ones(1, 9, dtype=torch.long))
     with pytest.raises(ValueError, match=r"9 tokens exceeds max_position_embeddings=8"):
         model(torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    model = zoo.from_config("gla-tiny", max_position_embeddings=8, position_offset=2)
+    with pytest.raises(ValueError, match=r"7 tokens exceeds max_position_embeddings=8 behind position_offset=2"):
+        model(torch.ones(1, 7, dtype=torch.long))
+
+
+def test_token_types_of_another_shape_or_without_a_table(model):
+    ids = torch.ones(2, 5, dtype=torch.long)
+    with pytest.raises(ValueError, match="no token types"):
+        model(ids, token_type_ids=torch.zeros_like(ids))
+    with pytest.raises(ValueError, match=r"token_type_ids is \[1, 5\], expected \[2, 5\]"):
+        zoo.from_config("gla-tiny", token_types=2)(ids, token_type_ids=torch.zeros(1, 5, dtype=torch.long))
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,11 @@ class ZooConfig(PreTrainedConfig):
     embedding_norm: bool = False  # a norm between embedding and first block
     embedding_scale: float = 1.0  # embeddings are multiplied by this
     max_position_embeddings: int | None = None  # rows of a learned position table; None: no table, any length
+    position_offset: int = 0  # the row of that table for the first token; those before it are not used
+    token_types: int = 0  # rows of a learned table of token types; 0: no table
     logit_softcap: float | None = None  # c tanh(logits / c)
+    head_args: dict | None = None  # arguments of the `zoo.model.Transform` before the decoder of masked language models
+    pool_args: dict | None = None  # of one before the classifier of sequences; None: it reads the state itself
     initializer_range: float = 0.02  # standard deviation of linear and embedding weights
     tie_word_embeddings: bool = False
     use_cache: bool = True
@@ -71,6 +75,14 @@ class ZooConfig(PreTrainedConfig):
             value = getattr(self, field)
             if value is not None and value <= 0:
                 raise ValueError(f"{type(self).__name__}: {field} is {value}, it must be positive")
+        for field in ("position_offset", "token_types"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"{type(self).__name__}: {field} is {getattr(self, field)}, it must not be negative")
+        if self.position_offset >= (self.max_position_embeddings or 1):
+            raise ValueError(
+                f"{type(self).__name__}: position_offset={self.position_offset} leaves no row of "
+                f"max_position_embeddings={self.max_position_embeddings}; choose a smaller one"
+            )
 
     def validate_norm(self):
         """The norm must be one the block can build."""

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
@@ -15,9 +14,9 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-import zoo.channel  # noqa: F401  (registers the channel mixers)
 from zoo.block import Block
 from zoo.cache import ZooCache, check_cache, room
+from zoo.channel import activation
 from zoo.config import ZooConfig
 from zoo.entry import Entry
 from zoo.layers import make_norm, token_positions
@@ -63,6 +62,7 @@ class ZooModel(ZooPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         table = config.max_position_embeddings
         self.embed_positions = None if table is None else nn.Embedding(table, config.hidden_size)
+        self.embed_types = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
         self.embed_norm = make_norm(config.norm, config.hidden_size, config.norm_eps) if config.embedding_norm else None
         self.layers = nn.ModuleList(Block(layer, index) for index, layer in enumerate(config.layer_configs()))
         self.norm = nn.Identity() if config.post_norm else make_norm(config.norm, config.hidden_size, config.norm_eps)
@@ -81,6 +81,7 @@ class ZooModel(ZooPreTrainedModel):
         output_hidden_states: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         """Run the layers.
@@ -92,10 +93,11 @@ class ZooModel(ZooPreTrainedModel):
             past_key_values: a `ZooCache`, updated in place.
             use_cache: return a cache to continue from; default `config.use_cache`, never while training.
             output_hidden_states: return the input of every block and the final states.
+            token_type_ids: `[B, T]`, where the config has `token_types`; default 0.
 
         Raises:
             ValueError: both or neither of ids and embeddings, an empty batch, a mask of the wrong shape, more tokens than the
-                position table holds, packed documents together with a cache.
+                position table holds, packed documents together with a cache, token types that the model has no table for.
         """
         _refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -103,6 +105,7 @@ class ZooModel(ZooPreTrainedModel):
         x = inputs_embeds if input_ids is None else self._embed(input_ids)
         if x.ndim != 3 or x.numel() == 0:
             raise ValueError(f"the batch is empty or misshapen: {list(x.shape[:2])}; expected [batch, tokens] with at least one token")
+        x = self._add_types(x, token_type_ids)
         batch, length = x.shape[:2]
         cache = None if past_key_values is None else check_cache(past_key_values, len(self.layers))
         cached, settled = (False, False) if cache is None else (cache.get_seq_length() > 0, cache.settled)
@@ -137,15 +140,30 @@ class ZooModel(ZooPreTrainedModel):
         scale = self.config.embedding_scale
         return x if scale == 1.0 else x * x.new_full((), scale)  # rounded to the activations' dtype, as models were trained
 
+    def _add_types(self, x: Tensor, token_type_ids: Tensor | None) -> Tensor:
+        """Add what is learned about the types of tokens, where the config asks for it."""
+        if self.embed_types is None:
+            if token_type_ids is not None:
+                raise ValueError("this model has no token types; leave token_type_ids out, or set token_types in its config")
+            return x
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+        if token_type_ids.shape != x.shape[:2]:
+            raise ValueError(f"token_type_ids is {list(token_type_ids.shape)}, expected {list(x.shape[:2])}: one for each token")
+        return x + self.embed_types(token_type_ids)
+
     def _position(self, x: Tensor, entry: Entry, cache: ZooCache | None) -> Tensor:
         """Add learned positions and normalise the embeddings, where the config asks for it."""
         if self.embed_positions is not None:
-            table = self.config.max_position_embeddings
+            table, offset = self.config.max_position_embeddings, self.config.position_offset
             longest = x.shape[1] if entry.packing is None else max(entry.packing.lengths)
             longest += cache.get_seq_length() if cache is not None else 0
-            if longest > table:
-                raise ValueError(f"a sequence of {longest} tokens exceeds max_position_embeddings={table}; shorten it or enlarge the table")
-            x = x + self.embed_positions(token_positions(x, None if cache is None else cache.lengths, entry.packing))
+            if longest > table - offset:
+                behind = f" behind position_offset={offset}" if offset else ""
+                raise ValueError(
+                    f"a sequence of {longest} tokens exceeds max_position_embeddings={table}{behind}; shorten it or enlarge the table"
+                )
+            x = x + self.embed_positions(token_positions(x, None if cache is None else cache.lengths, entry.packing) + offset)
         return x if self.embed_norm is None else self.embed_norm(x)
 
 
@@ -209,16 +227,20 @@ class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
 
 
-class MaskedLMHead(nn.Module):
-    """BERT's head before the decoder: dense, GELU, norm (arXiv:1810.04805)."""
+class Transform(nn.Module):
+    """What stands before a decoder or classifier: `norm(act(dense(x)))`, by default as BERT has it (arXiv:1810.04805).
 
-    def __init__(self, config: ZooConfig):
+    Args: act: a name of `zoo.channel.ACTIVATIONS`; bias: of the dense layer; norm: a kind of `make_norm`, None for none.
+    """
+
+    def __init__(self, config: ZooConfig, *, act: str = "gelu", bias: bool = True, norm: str | None = "layernorm"):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.act = activation(act)
+        self.norm = nn.Identity() if norm is None else make_norm(norm, config.hidden_size, config.norm_eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(F.gelu(self.dense(x)))
+        return self.norm(self.act(self.dense(x)))
 
 
 class ZooForMaskedLM(ZooPreTrainedModel):
@@ -231,7 +253,7 @@ class ZooForMaskedLM(ZooPreTrainedModel):
         if config.causal:
             raise ValueError(f"{type(self).__name__} needs a bidirectional model; set causal=False, or take the ForCausalLM class")
         self.model = self._base(config)
-        self.head = MaskedLMHead(config)
+        self.head = Transform(config, **config.head_args or {})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
@@ -247,12 +269,17 @@ class ZooForMaskedLM(ZooPreTrainedModel):
 
 
 class ZooForSequenceClassification(ZooPreTrainedModel):
-    """Token ids `[B, T]` -> logits `[B, num_labels]`, read at the last token (at the first of a bidirectional model)."""
+    """Token ids `[B, T]` -> logits `[B, num_labels]`, read at the last token (at the first of a bidirectional model).
+
+    With `config.pool_args` a `Transform` stands before the classifier, which then has a bias.
+    """
 
     def __init__(self, config: ZooConfig):
         super().__init__(config)
         self.model = self._base(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        pooled = config.pool_args is not None
+        self.pool = Transform(config, **config.pool_args) if pooled else nn.Identity()
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=pooled)
         self.post_init()
 
     @can_return_tuple
@@ -270,12 +297,11 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
             index = order.argmax(-1) if self.config.causal else (attention_mask != 0).int().argmax(-1)
         elif self.config.causal:
             index = index + states.shape[1] - 1
-        logits = self.score(states)
-        pooled = logits[torch.arange(states.shape[0], device=states.device), index]
+        logits = self.score(self.pool(states[torch.arange(states.shape[0], device=states.device), index]))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=pooled, config=self.config)
-        return SequenceClassifierOutputWithPast(loss=loss, logits=pooled, hidden_states=out.hidden_states)
+            loss = self.loss_function(logits=None, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 
 class ZooForTokenClassification(ZooPreTrainedModel):
