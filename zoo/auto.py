@@ -49,7 +49,8 @@ def from_pretrained(path_or_id: str | os.PathLike, *, task: str | None = None, *
         path_or_id: a zoo checkpoint, or one in a foreign layout that `zoo.layouts()` lists, which is translated; or a `.pth`
             file of tensors that stands alone.
         task: as in `from_config`; by default what the checkpoint was saved as.
-        kwargs: of transformers' `from_pretrained`: dtype, device_map, revision, token, cache_dir...
+        kwargs: of transformers' `from_pretrained`: dtype, device_map, revision, token, cache_dir... For a foreign checkpoint that
+            holds only what was added to a base model also `base`, the folder or Hub id of that model.
     """
     hub = {n: kwargs[n] for n in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if n in kwargs}
     alone = str(path_or_id).endswith(".pth")

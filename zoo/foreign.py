@@ -16,20 +16,22 @@ from transformers.utils import cached_file
 
 from zoo.auto import TASKS, model_class
 from zoo.layout import Layout, State, find_layout, get_layout
-from zoo.registry import AUTO, get
+from zoo.registry import ARCHITECTURES, AUTO, get
 from zoo.saving import CheckpointMixin, whole_or_nothing
 
 HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 LABELS = ("id2label", "label2id", "problem_type", "dtype")  # what any config may say, whatever its architecture
 
 
-def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | None = None, output_loading_info: bool = False, **kwargs):
+def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | None = None, base: str | os.PathLike | None = None,
+                 output_loading_info: bool = False, **kwargs):  # fmt: skip
     """One of our models with the weights of a foreign checkpoint, which is read as it is needed and never held twice.
 
     Args:
         path_or_id: a folder or Hub id with safetensors or `.bin` files, sharded or not; or a `.pth` file.
         config: its config.json; a `.pth` file has none.
         task: as in `zoo.from_config`; by default what the checkpoint was saved as.
+        base: checkpoint of the model beside which this one was trained, where this one holds only what was added.
         output_loading_info: return `(model, Report)`.
         kwargs: of transformers' `from_pretrained`.
 
@@ -40,8 +42,7 @@ def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | Non
     hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
     alone = str(path_or_id).endswith(".pth")
     weights = read_file(str(path_or_id)) if alone else None
-    if alone:
-        config = described(weights)
+    config = described(weights) if alone else config | read_beside(path_or_id, config, hub)
     entry, layout = find_layout(config)
     config = with_defaults(config, layout)
     own = entry.config(**layout.config_map(config), **{name: config[name] for name in LABELS if config.get(name) is not None})
@@ -51,6 +52,7 @@ def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | Non
         skeleton = cls(own)
     other_task = task is not None and saved is not None and task != saved
     weights = read(path_or_id, hub) if weights is None else weights
+    weights = joined(weights, layout, config, base, hub)
     state, report = layout.to_zoo(weights, skeleton, other_task=other_task)
     # past our own from_pretrained, which would refuse what a layout declares fresh; the report has accounted for every key
     model = super(CheckpointMixin, cls).from_pretrained(None, config=own, state_dict=state, **kwargs)
@@ -60,19 +62,23 @@ def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | Non
     return (model, report) if output_loading_info else model
 
 
-def save_foreign(model, folder: str | os.PathLike, layout: str, *, max_shard_size: int | str = "5GB", **fields) -> None:
+def save_foreign(model, folder: str | os.PathLike, layout: str, *, max_shard_size: int | str = "5GB", delta: bool = False,
+                 **fields) -> None:  # fmt: skip
     """Write `model` as its foreign library would.
 
     Args:
         layout: one of `zoo.layouts()` that belongs to the model's architecture.
+        delta: write only what was trained beside a base model.
         fields: of the foreign config, where ours does not know them (`max_position_embeddings=8192`).
 
     Raises:
-        ValueError: the layout is not one of this architecture, or it cannot express the model's config.
+        ValueError: the layout is not one of this architecture, it cannot express the model's config, or it knows no delta.
     """
     table, entry = get_layout(get(model.config.name), layout), get(model.config.name)
     foreign = ({"model_type": table.model_types[0]} if table.model_types else {}) | table.config_back(model.config) | fields
     alone = table.file.endswith(".pth")
+    if delta and (table.delta is None or table.delta.join is not None):
+        raise ValueError(f"the layout {layout!r} cannot tell what was trained from its base model; save without delta=True")
     if alone:
         foreign = described(table.to_foreign(model.state_dict(), model))
     table.check_expressible(model.config, with_defaults(foreign, table))
@@ -86,11 +92,16 @@ def save_foreign(model, folder: str | os.PathLike, layout: str, *, max_shard_siz
         other = HEADS.get(foreign.get("model_type")) if known and suffix == "ForCausalLM" else None
         foreign["architectures"] = [other or classes + suffix]
     state = table.to_foreign(model.state_dict(), model)
+    if delta:
+        state = {name: tensor for name, tensor in state.items() if table.delta.own(name)}
+    files = {name: foreign.pop(name) for name in table.beside}
     with whole_or_nothing(folder) as stage:
         if table.file.endswith(".safetensors"):
             save_torch_state_dict(state, stage, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size)
         else:
             torch.save(state, stage / table.file)
+        for name, content in files.items():
+            Path(stage, name).write_text(json.dumps(content, indent=4) + "\n")
         if known is not None:
             known(**{name: value for name, value in foreign.items() if name != "model_type"}).save_pretrained(stage)
         elif not alone:
@@ -114,7 +125,10 @@ def with_defaults(config: dict, layout: Layout) -> dict:
     if layout.complete is not None:
         return layout.complete(config)
     known = config_class(config.get("model_type"))
-    return config if known is None else known.from_dict(config).to_dict() | {"architectures": config.get("architectures")}
+    if known is None:
+        return config
+    kept = {name: config[name] for name in ("architectures", *layout.beside) if name in config}
+    return known.from_dict({name: value for name, value in config.items() if name not in layout.beside}).to_dict() | kept
 
 
 def saved_task(config: dict) -> str | None:
@@ -129,6 +143,25 @@ def saved_task(config: dict) -> str | None:
 def locate(path_or_id: str | os.PathLike, name: str, hub: dict) -> str | None:
     """The file of this name, downloaded if need be; None if there is none."""
     return cached_file(path_or_id, name, **hub, _raise_exceptions_for_missing_entries=False)
+
+
+def read_beside(path_or_id: str | os.PathLike, config: dict, hub: dict) -> dict:
+    """What lies beside config.json for a layout of this model type: file name -> content."""
+    every = (layout for entry in ARCHITECTURES.values() for layout in entry.layouts if config.get("model_type") in layout.model_types)
+    found = {name: locate(path_or_id, name, hub) for layout in every for name in layout.beside}
+    return {name: json.loads(Path(path).read_text()) for name, path in found.items() if path is not None}
+
+
+def joined(weights: State, layout: Layout, config: dict, base: str | os.PathLike | None, hub: dict) -> State:
+    """The weights with those of a base checkpoint, where they are only a part."""
+    if base is not None and layout.delta is None:
+        raise ValueError(f"checkpoints of the layout {layout.name!r} are whole; leave base= out")
+    if base is None:
+        if layout.delta is not None and all(map(layout.delta.own, weights)):
+            raise ValueError(f"this {layout.name!r} checkpoint holds only what was added to a base model; name that model's with base=")
+        return weights
+    whole = read(base, {name: value for name, value in hub.items() if name not in ("revision", "subfolder")})
+    return whole | weights if layout.delta.join is None else layout.delta.join(whole, weights, config)
 
 
 def read(path_or_id: str | os.PathLike, hub: dict) -> State:
