@@ -50,7 +50,8 @@ class ZooConfig(PreTrainedConfig):
     max_position_embeddings: int | None = None  # rows of a learned position table; None: no table, any length
     position_offset: int = 0  # the row of that table for the first token; those before it are not used
     token_types: int = 0  # rows of a learned table of token types; 0: no table
-    logit_softcap: float | None = None  # c tanh(logits / c)
+    logit_scale: float = 1.0  # the language model's logits are multiplied by this
+    logit_softcap: float | None = None  # c tanh(logits / c), after the scale
     head_args: dict | None = None  # arguments of the `zoo.model.Transform` before the decoder of masked language models
     pool_args: dict | None = None  # of one before the classifier of sequences; None: it reads the state itself
     initializer_range: float = 0.02  # standard deviation of linear and embedding weights

@@ -218,6 +218,8 @@ class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:
             logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
         loss = None
