@@ -21,12 +21,14 @@ class Traits:
         bidirectional: `config.causal = False` is supported.
         constant_state: the state's size does not grow with the sequence.
         carry: `forward` takes and returns a fourth value, a tensor handed from layer to layer within one pass.
+        amplifies: outputs are larger than inputs by a factor that grows with the sequence; a norm belongs behind.
     """
 
     causal: bool = True
     bidirectional: bool = False
     constant_state: bool = True
     carry: bool = False
+    amplifies: bool = False
 
 
 class Layer(nn.Module):
@@ -50,6 +52,8 @@ class Mixer(Layer):
         super().__init__()
         if not config.causal and not self.traits.bidirectional:
             raise ValueError(f"{type(self).__name__} is causal by nature; set causal=True or choose a bidirectional mixer")
+        if config.causal and not self.traits.causal:
+            raise ValueError(f"{type(self).__name__} sees the whole sequence by nature; set causal=False or choose a causal mixer")
         self.layer = layer
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:

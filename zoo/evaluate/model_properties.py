@@ -244,11 +244,11 @@ def runs_in_half_precision(subject: Subject) -> None:
 
 @of_models
 def adapts_with_lora(subject: Subject) -> None:
-    """Adapters on the declared targets change the output, learn, and merge."""
+    """Adapters on the declared targets, of the channel mixers where mixers have none, change the output, learn, and merge."""
     from peft import LoraConfig, get_peft_model
 
-    with torch.no_grad():
-        targets = {t for layer in subject.model("base").layers for t in layer.mixer.lora_targets}
+    layers = subject.model("base").layers
+    targets = {t for layer in layers for t in layer.mixer.lora_targets} or {t for layer in layers for t in layer.channel_mixer.lora_targets}
     model, ids = subject.model(), subject.tokens(2, 9)
     before = model(ids).logits.detach()
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=sorted(targets), init_lora_weights=False)).eval()
