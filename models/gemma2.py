@@ -9,14 +9,11 @@ Paper: Gemma Team 2024, arXiv:2408.00118 (section 2: local and global attention,
 """
 
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
 
-from zoo.attending import AttentionMixer
+from zoo.attending import RotaryAttention
 from zoo.config import ZooConfig
-from zoo.kernels.packing import Packing
-from zoo.layers import check_rope_scaling, merge_heads, rotary_table, rotate, split_heads, token_positions
+from zoo.layers import check_rope_scaling
 from zoo.layout import Layout, drop, rename
-from zoo.mixer import State
 from zoo.registry import register
 from zoo.terms import foreign_activation, layers_of, own_activation, rope_fields, rope_parameters, same_fields, shell
 
@@ -66,32 +63,16 @@ class Gemma2Config(ZooConfig):
         check_rope_scaling(self.rope_scaling)
 
 
-class Gemma2Mixer(AttentionMixer):
+class Gemma2Mixer(RotaryAttention):
     """Softmax attention; the state is that of `AttentionMixer`, of constant size in the layers with a window."""
-
-    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     def __init__(self, config: Gemma2Config, layer: int):
         super().__init__(
             config, layer, heads=config.num_heads, groups=config.num_kv_heads, keys=config.head_dim,
+            rope=(config.head_dim, config.rope_theta, config.rope_scaling), qkv_bias=config.bias, out_bias=config.bias,
             window=config.window if config.causal and layer not in config.full_layers else None,
             softcap=config.softcap, scale=config.query_scalar**-0.5,
         )  # fmt: skip
-        self.rope = (config.head_dim, config.rope_theta, config.rope_scaling)
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, self.heads * self.keys, bias=config.bias)
-        self.k_proj = nn.Linear(width, self.groups * self.keys, bias=config.bias)
-        self.v_proj = nn.Linear(width, self.groups * self.keys, bias=config.bias)
-        self.out_proj = nn.Linear(self.heads * self.keys, width, bias=config.bias)
-
-    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        positions = token_positions(x, state["length"] if state else None, packing)
-        table = rotary_table(positions, *self.rope)
-        q = rotate(split_heads(self.q_proj(x), self.heads), table)
-        k = rotate(split_heads(self.k_proj(x), self.groups), table)
-        v = split_heads(self.v_proj(x), self.groups)
-        o, state = self.attend(q, k, v, positions, state, packing)
-        return self.out_proj(merge_heads(o)), state
 
 
 RENAMED = {

@@ -11,22 +11,13 @@ Paper: Dao, Gu 2024, arXiv:2405.21060: the duality in section 5, the block in se
 
 import math
 
-import torch
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import initialization as init
 
-from zoo import ops
 from zoo.config import ZooConfig
 from zoo.fla import SILU, fla_layout, from_fla
-from zoo.kernels.checks import accumulator
-from zoo.kernels.linear_attention import flops
-from zoo.kernels.packing import Packing
-from zoo.layers import GatedNorm, ShortConv, merge_heads, split_heads, wide
 from zoo.layout import Layout, rename, squeeze
-from zoo.mixer import Mixer, State
 from zoo.registry import register
+from zoo.ssd import SSDMixer
 from zoo.state_spaces import state_spaces_layout
 from zoo.terms import COMMON
 
@@ -60,56 +51,15 @@ class Mamba2Config(ZooConfig):
             )
 
 
-class Mamba2Mixer(Mixer):
-    """State: `conv` `[B, W - 1, H P + 2 G N]`, inputs of the convolution, and `memory` `[B, H, N, P]`."""
-
-    lora_targets = ("in_proj", "out_proj")
+class Mamba2Mixer(SSDMixer):
+    """The state is that of `SSDMixer`."""
 
     def __init__(self, config: Mamba2Config, layer: int):
-        super().__init__(config, layer)
-        self.inner, self.values, self.keys, self.groups = (
-            int(config.hidden_size * config.expand), config.head_dim, config.state_size, config.num_groups,
+        super().__init__(
+            config, layer, inner=int(config.hidden_size * config.expand), values=config.head_dim, keys=config.state_size,
+            groups=config.num_groups, kernel=config.conv_kernel, conv_bias=config.conv_bias, in_bias=config.bias, out_bias=config.bias,
+            norm_groups=config.norm_groups or config.num_groups, dt_range=(config.dt_min, config.dt_max),
         )  # fmt: skip
-        self.heads, self.dt_range = self.inner // self.values, (config.dt_min, config.dt_max)
-        mixed = self.inner + 2 * self.groups * self.keys
-        self.in_proj = nn.Linear(config.hidden_size, self.inner + mixed + self.heads, bias=config.bias)
-        self.conv = ShortConv(mixed, config.conv_kernel, bias=config.conv_bias)
-        self.dt_bias = nn.Parameter(torch.empty(self.heads))
-        self.A_log = nn.Parameter(torch.empty(self.heads))
-        self.D = nn.Parameter(torch.empty(self.heads))
-        self.norm = GatedNorm(self.inner, groups=config.norm_groups or self.groups, eps=config.norm_eps, norm_before_gate=False)
-        self.out_proj = nn.Linear(self.inner, config.hidden_size, bias=config.bias)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        low, high = self.dt_range
-        init.uniform_(self.dt_bias, math.log(low), math.log(high))
-        dt = self.dt_bias.detach().exp()
-        init.copy_(self.dt_bias, dt + torch.log(-torch.expm1(-dt)))  # softplus gives dt back
-        init.uniform_(self.A_log, 1.0, 16.0)
-        init.copy_(self.A_log, self.A_log.detach().log())
-        init.ones_(self.D)
-
-    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        memory = torch.zeros(batch, self.heads, self.keys, self.values, dtype=accumulator(dtype), device=device)
-        return {"conv": self.conv.initial_state(batch, dtype, device), "memory": memory}
-
-    def operator_flops(self, length: int) -> int:
-        return flops(length, self.heads, self.keys, self.values)
-
-    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        shared = self.groups * self.keys
-        z, mixed, dt = self.in_proj(x).split([self.inner, self.inner + 2 * shared, self.heads], dim=-1)
-        mixed, conv = self.conv(mixed, state["conv"] if state else None, packing)
-        u, B, C = mixed.split([self.inner, shared, shared], dim=-1)
-        u, B, C = split_heads(u, self.heads), split_heads(B, self.groups), split_heads(C, self.groups)
-        dt = F.softplus(wide(dt) + wide(self.dt_bias))
-        log_decay = -dt * wide(self.A_log).exp()
-        v = (wide(u) * dt.unsqueeze(-1)).to(x.dtype)
-        memory = state["memory"] if state else None
-        y, memory = ops.linear_attention(C, B, v, log_decay, scale=1.0, state=memory, packing=packing)
-        y = merge_heads(y + self.D.to(x.dtype).unsqueeze(-1) * u)
-        return self.out_proj(self.norm(y, z)), {"conv": conv, "memory": memory}
 
 
 RENAMED = {

@@ -10,15 +10,12 @@ arXiv:2310.06825; sinks after StreamingLLM, arXiv:2309.17453, at their own posit
 from functools import partial
 
 from huggingface_hub.dataclasses import strict
-from torch import Tensor, nn
 
-from zoo.attending import AttentionMixer
+from zoo.attending import RotaryAttention
 from zoo.config import ZooConfig
 from zoo.fla import GATED_MLP, SHELL, fla_layout, layer
-from zoo.kernels.packing import Packing
-from zoo.layers import RMSNorm, check_rope_scaling, merge_heads, rotary_table, rotate, split_heads, token_positions
+from zoo.layers import check_rope_scaling
 from zoo.layout import Layout, drop, rename, split
-from zoo.mixer import State
 from zoo.registry import register
 from zoo.terms import SAME, foreign_activation, own_activation
 
@@ -58,37 +55,17 @@ class TransformerConfig(ZooConfig):
         check_rope_scaling(self.rope_scaling)
 
 
-class TransformerMixer(AttentionMixer):
+class TransformerMixer(RotaryAttention):
     """Softmax attention; the state is that of `AttentionMixer`."""
 
-    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
-
     def __init__(self, config: TransformerConfig, layer: int):
+        keys = config.head_dim or config.divide("hidden_size", "num_heads")
+        turning = int(keys * config.rope_fraction) // 2 * 2
         super().__init__(
-            config, layer, heads=config.num_heads, groups=config.num_kv_heads or config.num_heads,
-            keys=config.head_dim or config.divide("hidden_size", "num_heads"), window=config.window, sinks=config.sinks,
-            softcap=config.softcap,
+            config, layer, heads=config.num_heads, groups=config.num_kv_heads or config.num_heads, keys=keys,
+            rope=None if config.rope_theta is None else (turning, config.rope_theta, config.rope_scaling), qkv_bias=config.qkv_bias,
+            out_bias=config.out_bias, qk_norm=config.qk_norm, window=config.window, sinks=config.sinks, softcap=config.softcap,
         )  # fmt: skip
-        self.rope = None if config.rope_theta is None else (config.rope_theta, config.rope_scaling)
-        self.turning = int(self.keys * config.rope_fraction) // 2 * 2
-        width = config.hidden_size
-        self.q_proj = nn.Linear(width, self.heads * self.keys, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, self.groups * self.keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, self.groups * self.keys, bias=config.qkv_bias)
-        self.out_proj = nn.Linear(self.heads * self.keys, width, bias=config.out_bias)
-        self.q_norm = RMSNorm(self.keys, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.keys, config.norm_eps) if config.qk_norm else nn.Identity()
-
-    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        positions = token_positions(x, state["length"] if state else None, packing)
-        q = self.q_norm(split_heads(self.q_proj(x), self.heads))
-        k = self.k_norm(split_heads(self.k_proj(x), self.groups))
-        v = split_heads(self.v_proj(x), self.groups)
-        if self.rope is not None:
-            table = rotary_table(positions, self.turning, *self.rope)
-            q, k = rotate(q, table), rotate(k, table)
-        o, state = self.attend(q, k, v, positions, state, packing)
-        return self.out_proj(merge_heads(o)), state
 
 
 RENAMED = {"norm_eps": "rms_norm_eps", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "head_dim": "head_dim"}

@@ -3,12 +3,13 @@
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from zoo import ops
 from zoo.config import ZooConfig
 from zoo.kernels.attention import cache, flops
 from zoo.kernels.packing import Packing
+from zoo.layers import RMSNorm, merge_heads, rotary_table, rotate, split_heads, token_positions
 from zoo.mixer import Mixer, State, Traits
 
 
@@ -66,3 +67,37 @@ class AttentionMixer(Mixer):
             q, positions = packing.pad(q), packing.pad(positions, -1)
         o, _ = ops.attention(q, keys, values, **rule, q_positions=positions, kv_positions=kv_positions)
         return o if packing is None else packing.unpad(o), after
+
+
+class RotaryAttention(AttentionMixer):
+    """Attention whose queries, keys and values are plain projections, queries and keys turned by their positions.
+
+    Args: rope: arguments of `zoo.layers.rotary_table` after the positions; None: nothing turns; qk_norm: an RMSNorm over each
+        head of q and k, before they turn; the rest as in `AttentionMixer`.
+    """
+
+    lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
+
+    def __init__(
+        self, config: ZooConfig, layer: int, *, heads: int, groups: int, keys: int, rope: tuple | None, qkv_bias: bool = False,
+        out_bias: bool = False, qk_norm: bool = False, **rule,
+    ):  # fmt: skip
+        super().__init__(config, layer, heads=heads, groups=groups, keys=keys, **rule)
+        self.rope, width = rope, config.hidden_size
+        self.q_proj = nn.Linear(width, heads * keys, bias=qkv_bias)
+        self.k_proj = nn.Linear(width, groups * keys, bias=qkv_bias)
+        self.v_proj = nn.Linear(width, groups * keys, bias=qkv_bias)
+        self.out_proj = nn.Linear(heads * keys, width, bias=out_bias)
+        self.q_norm = RMSNorm(keys, config.norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(keys, config.norm_eps) if qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+        positions = token_positions(x, state["length"] if state else None, packing)
+        q = self.q_norm(split_heads(self.q_proj(x), self.heads))
+        k = self.k_norm(split_heads(self.k_proj(x), self.groups))
+        v = split_heads(self.v_proj(x), self.groups)
+        if self.rope is not None:
+            table = rotary_table(positions, *self.rope)
+            q, k = rotate(q, table), rotate(k, table)
+        o, state = self.attend(q, k, v, positions, state, packing)
+        return self.out_proj(merge_heads(o)), state
