@@ -20,16 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from zoo import ops
 from zoo.config import ZooConfig
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import BlockLinear, GatedNorm, ShortConv, exponential_gates, merge_heads, split_heads, wide
+from zoo.layers import BlockLinear, GatedNorm, ShortConv, merge_heads, mlstm_cell, split_heads, wide
 from zoo.mixer import Mixer, State
 from zoo.registry import register
-
-EPS = 1e-6  # added to the normaliser's lower bound
 
 
 @strict
@@ -115,18 +112,6 @@ class MLSTMMixer(Mixer):
         h, cell = mlstm_cell(q, k, v, log_forget, log_input, state, packing)
         y = self.norm(merge_heads(h)) + self.skip * convolved
         return self.down_proj(y * F.silu(z)), {"conv": conv} | cell
-
-
-def mlstm_cell(q, k, v, log_forget, log_input, state: State | None, packing: Packing | None) -> tuple[Tensor, State]:
-    """Eq. 19-21 on `[B, T, H, K]` with log-gates `[B, T, H]`: h `[B, T, H, V]`, and the state's `memory` and `m`."""
-    memory, start = (state["memory"], state["m"]) if state else (None, None)
-    log_decay, log_write, m, last = exponential_gates(log_forget, log_input, start, packing)
-    k = (wide(k) * log_write.exp().to(m.dtype).unsqueeze(-1)).to(k.dtype)
-    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # the added channel of the memory is n
-    o, memory = ops.linear_attention(q, k, v, log_decay, state=memory, packing=packing)
-    h, weight = wide(o).split([o.shape[-1] - 1, 1], dim=-1)
-    h = h / (torch.maximum(weight.abs(), (-m).exp().unsqueeze(-1)) + EPS)
-    return h.to(q.dtype), {"memory": memory, "m": last}
 
 
 _PUBLISHED = dict(vocab_size=50304, tie_word_embeddings=True)

@@ -53,8 +53,8 @@ class GatedNorm(Layer):
 
 def make_norm(kind: str, width: int, eps: float) -> nn.Module:
     """The norm a config names."""
-    if kind == "layernorm":
-        return nn.LayerNorm(width, eps=eps)
+    if kind in ("layernorm", "biasless_layernorm"):
+        return nn.LayerNorm(width, eps=eps, bias=kind == "layernorm")
     return RMSNorm(width, eps, unit_offset=kind == "unit_rmsnorm")
 
 
@@ -301,3 +301,27 @@ def exponential_gates(
     log_decay, log_write = log_forget.double() + before - m, log_input.double() - m
     # rounding may leave them a little above zero: take that off without touching the gradient
     return log_decay - log_decay.detach().clamp(min=0), log_write - log_write.detach().clamp(min=0), m, last
+
+
+def mlstm_cell(
+    q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, log_input: Tensor, state: dict[str, Tensor] | None, packing: Packing | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A matrix memory C with exponential gates and a normaliser n (xLSTM, arXiv:2405.04517, eq. 19-21).
+
+    The denominator has 1e-6 added, in units of `exp(m)`, as in the authors' code.
+
+    Args:
+        q, k: `[B, T, H, K]`; v: `[B, T, H, V]`; log_forget, log_input: `[B, T, H]`, logarithms of the gates, of any size.
+        state: `memory` `[B, H, K, V + 1]`, `exp(-m)` times C and, as the last channel, n; `m` `[B, H]`. None: nothing seen.
+
+    Returns:
+        h `[B, T, H, V]` in q's dtype, and the new state.
+    """
+    memory, start = (state["memory"], state["m"]) if state else (None, None)
+    log_decay, log_write, m, last = exponential_gates(log_forget, log_input, start, packing)
+    k = (wide(k) * log_write.exp().to(m.dtype).unsqueeze(-1)).to(k.dtype)
+    v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # the added channel of the memory is n
+    o, memory = ops.linear_attention(q, k, v, log_decay, state=memory, packing=packing)
+    h, weight = wide(o).split([o.shape[-1] - 1, 1], dim=-1)
+    h = h / (torch.maximum(weight.abs(), (-m).exp().unsqueeze(-1)) + 1e-6)
+    return h.to(q.dtype), {"memory": memory, "m": last}
