@@ -50,6 +50,7 @@ def rewrite(folder, change):
         (lambda: zoo.from_config("gla-tiny", max_position_embeddings=4, position_offset=4), ["position_offset=4", "row"]),
         (lambda: zoo.from_config("gla-tiny", position_offset=1), ["position_offset=1", "max_position_embeddings=None"]),
         (lambda: zoo.from_config("gla-tiny", token_types=-1), ["token_types", "negative"]),
+        (lambda: zoo.from_config("longformer-tiny", first_norm=False), ["post_norm", "first_norm=True"]),
         (lambda: zoo.from_config("longformer-tiny", head_args={"act": "gellu"}), ["gellu", "gelu"]),
         (lambda: zoo.from_config("hybrid-tiny", num_hidden_layers=2, plan=["gla"] * 3), ["3 entries", "num_hidden_layers=2"]),
         (lambda: zoo.from_config("hybrid-tiny", num_hidden_layers=2, plan=["gla"]), ["1 entries", "num_hidden_layers=2"]),

@@ -17,13 +17,14 @@ class Block(GradientCheckpointingLayer):
 
     With `post_norm` the norms follow the sums, with `output_norms` there are two more on what the mixers return (Gemma 2,
     arXiv:2408.00118), and with `parallel_residual` the block is `x + mixer(norm(x)) + channel_mixer(norm'(x))` (GPT-NeoX,
-    arXiv:2204.06745). Without `input_norms` only those behind remain, and `residual_weights` weigh both sides of the sums.
+    arXiv:2204.06745). Without `input_norms` only those behind remain, without `first_norm` the first mixer reads the embeddings
+    as they are, and `residual_weights` weigh both sides of the sums.
     """
 
     def __init__(self, config: ZooConfig, layer: int):
         super().__init__()
         self.mixer = registry.get(config.name).mixer(config, layer)
-        self.mixer_norm = self._input_norm(config)
+        self.mixer_norm = self._input_norm(config) if layer or config.first_norm else nn.Identity()
         self.post_norm, self.parallel = config.post_norm, config.parallel_residual
         self.weights = config.residual_weights
         self.mixer_output_norm = self._output_norm(config)

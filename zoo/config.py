@@ -38,14 +38,16 @@ class ZooConfig(PreTrainedConfig):
     channel_mixer: str | None = "swiglu"  # a name of zoo.list_channel_mixers(), None for a block without one
     channel_args: dict | None = None  # further arguments of the channel mixer
     intermediate_size: int | None = None  # width inside the channel mixer; None: the channel mixer's own rule
-    norm: str = "rmsnorm"  # rmsnorm, layernorm, or unit_rmsnorm (weight stored as offset from one)
+    norm: str = "rmsnorm"  # rmsnorm, unit_rmsnorm (weight stored as offset from one), layernorm, or biasless_layernorm
     norm_eps: float = 1e-5
     post_norm: bool = False  # normalise after the residual sum instead of before the mixer
     input_norms: bool = True  # False: no norm before the mixers (with `output_norms`, so that there is one behind)
+    first_norm: bool = True  # False: no norm before the first mixer (with `embedding_norm`, so that its input is normalised)
     output_norms: bool = False  # norms also on what both mixers return, before it is added
     parallel_residual: bool = False  # both mixers read the block's input, each through its own norm
     residual_weights: list[float] | None = None  # a, b of the mixer's sum `a x + b y`, then of the channel mixer's; None: all 1
     embedding_norm: bool = False  # a norm between embedding and first block
+    embedding_projection: bool = False  # a linear map behind that norm
     embedding_scale: float = 1.0  # embeddings are multiplied by this
     max_position_embeddings: int | None = None  # rows of a learned position table; None: no table, any length
     position_offset: int = 0  # the row of that table for the first token; those before it are not used
@@ -87,8 +89,11 @@ class ZooConfig(PreTrainedConfig):
 
     def validate_norm(self):
         """The norm must be one the block can build."""
-        if self.norm not in ("rmsnorm", "layernorm", "unit_rmsnorm"):
-            raise ValueError(f"{type(self).__name__}: norm {self.norm!r} is unknown; choose rmsnorm, layernorm or unit_rmsnorm")
+        known = ("rmsnorm", "unit_rmsnorm", "layernorm", "biasless_layernorm")
+        if self.norm not in known:
+            raise ValueError(f"{type(self).__name__}: norm {self.norm!r} is unknown; choose one of {', '.join(known)}")
+        if self.post_norm and not self.first_norm:
+            raise ValueError(f"{type(self).__name__}: with post_norm no norm stands before a mixer; leave first_norm=True")
         if self.post_norm and (self.output_norms or self.parallel_residual):
             raise ValueError(f"{type(self).__name__}: post_norm goes with neither output_norms nor parallel_residual; choose one")
 

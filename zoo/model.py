@@ -64,6 +64,7 @@ class ZooModel(ZooPreTrainedModel):
         self.embed_positions = None if table is None else nn.Embedding(table, config.hidden_size)
         self.embed_types = nn.Embedding(config.token_types, config.hidden_size) if config.token_types else None
         self.embed_norm = make_norm(config.norm, config.hidden_size, config.norm_eps) if config.embedding_norm else None
+        self.embed_projection = nn.Linear(config.hidden_size, config.hidden_size) if config.embedding_projection else nn.Identity()
         self.layers = nn.ModuleList(Block(layer, index) for index, layer in enumerate(config.layer_configs()))
         self.norm = nn.Identity() if config.post_norm else make_norm(config.norm, config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
@@ -153,7 +154,7 @@ class ZooModel(ZooPreTrainedModel):
         return x + self.embed_types(token_type_ids)
 
     def _position(self, x: Tensor, entry: Entry, cache: ZooCache | None) -> Tensor:
-        """Add learned positions and normalise the embeddings, where the config asks for it."""
+        """Add learned positions, normalise and project the embeddings, where the config asks for it."""
         if self.embed_positions is not None:
             table, offset = self.config.max_position_embeddings, self.config.position_offset
             longest = x.shape[1] if entry.packing is None else max(entry.packing.lengths)
@@ -164,7 +165,7 @@ class ZooModel(ZooPreTrainedModel):
                     f"a sequence of {longest} tokens exceeds max_position_embeddings={table}{behind}; shorten it or enlarge the table"
                 )
             x = x + self.embed_positions(token_positions(x, None if cache is None else cache.lengths, entry.packing) + offset)
-        return x if self.embed_norm is None else self.embed_norm(x)
+        return self.embed_projection(x if self.embed_norm is None else self.embed_norm(x))
 
 
 class ZooGenerationMixin(GenerationMixin):
