@@ -55,7 +55,8 @@ class ZooConfig(PreTrainedConfig):
     logit_scale: float = 1.0  # the language model's logits are multiplied by this
     logit_softcap: float | None = None  # c tanh(logits / c), after the scale
     head_args: dict | None = None  # arguments of the `zoo.model.Transform` before the decoder of masked language models
-    pool_args: dict | None = None  # of one before the classifier of sequences; None: it reads the state itself
+    pooler_args: dict | None = None  # of one on the state of the first token (if causal of the last); None: no pooler
+    classifier_args: dict | None = None  # of one before the classifier of sequences; None: it reads the pooler, or the state itself
     initializer_range: float = 0.02  # standard deviation of linear and embedding weights
     tie_word_embeddings: bool = False
     use_cache: bool = True

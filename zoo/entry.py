@@ -59,6 +59,13 @@ class Entry:
         out[self.keep] = x[0]
         return out
 
+    def ends(self, x: Tensor, last: bool) -> Tensor:
+        """The first (or last) token of every sequence of rows the layers see: `[B, D]`, `[N, D]` for N packed documents."""
+        if self.packing is None:
+            return x[:, -1 if last else 0]
+        index = self.packing.cu_seqlens[1:] - 1 if last else self.packing.cu_seqlens[:-1]
+        return x[0, index.clamp(0, x.shape[1] - 1)]  # an empty sequence has none, and gets another's
+
     def counts(self, batch: int, length: int, device) -> Tensor:
         """`[B]`: tokens of every sequence in this call."""
         if self.packing is None:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
+    BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithPast,
     MaskedLMOutput,
     SequenceClassifierOutputWithPast,
@@ -54,6 +54,23 @@ class ZooPreTrainedModel(CheckpointMixin, PreTrainedModel):
             module.reset_parameters()
 
 
+class Transform(nn.Module):
+    """`norm(act(dense(x)))` before a decoder, as a pooler or before a classifier; by default BERT's before its decoder
+    (arXiv:1810.04805, in the authors' code).
+
+    Args: act: a name of `zoo.channel.ACTIVATIONS`; bias: of the dense layer; norm: a kind of `make_norm`, None for none.
+    """
+
+    def __init__(self, config: ZooConfig, *, act: str = "gelu", bias: bool = True, norm: str | None = "layernorm"):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
+        self.act = activation(act)
+        self.norm = nn.Identity() if norm is None else make_norm(norm, config.hidden_size, config.norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.act(self.dense(x)))
+
+
 class ZooModel(ZooPreTrainedModel):
     """Token ids `[B, T]` -> hidden states `[B, T, D]`."""
 
@@ -67,6 +84,7 @@ class ZooModel(ZooPreTrainedModel):
         self.embed_projection = nn.Linear(config.hidden_size, config.hidden_size) if config.embedding_projection else nn.Identity()
         self.layers = nn.ModuleList(Block(layer, index) for index, layer in enumerate(config.layer_configs()))
         self.norm = nn.Identity() if config.post_norm else make_norm(config.norm, config.hidden_size, config.norm_eps)
+        self.pooler = None if config.pooler_args is None else Transform(config, **config.pooler_args)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -84,7 +102,7 @@ class ZooModel(ZooPreTrainedModel):
         seq_idx: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run the layers.
 
         Args:
@@ -126,12 +144,15 @@ class ZooModel(ZooPreTrainedModel):
             x, state, carry = block(x, state, entry.packing, carry)
             if cache is not None:
                 cache.layers[index].store(state, length)
-        x = entry.leave(self.norm(x))
+        x = self.norm(x)
+        pooled = None if self.pooler is None else self.pooler(entry.ends(x, last=self.config.causal))
+        x = entry.leave(x)
         if cache is not None:
             cache.count(entry.counts(batch, length, x.device))
             cache.settled = settled or entry.begun()
-        return BaseModelOutputWithPast(
+        return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=x,
+            pooler_output=pooled,
             past_key_values=cache if use_cache else None,
             hidden_states=(*hidden, x) if hidden else None,
         )
@@ -230,22 +251,6 @@ class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
 
 
-class Transform(nn.Module):
-    """What stands before a decoder or classifier: `norm(act(dense(x)))`, by default as BERT has it (arXiv:1810.04805).
-
-    Args: act: a name of `zoo.channel.ACTIVATIONS`; bias: of the dense layer; norm: a kind of `make_norm`, None for none.
-    """
-
-    def __init__(self, config: ZooConfig, *, act: str = "gelu", bias: bool = True, norm: str | None = "layernorm"):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size, bias=bias)
-        self.act = activation(act)
-        self.norm = nn.Identity() if norm is None else make_norm(norm, config.hidden_size, config.norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.act(self.dense(x)))
-
-
 class ZooForMaskedLM(ZooPreTrainedModel):
     """Token ids `[B, T]` with masked ones -> logits `[B, T, vocabulary]` for each position itself."""
 
@@ -274,15 +279,15 @@ class ZooForMaskedLM(ZooPreTrainedModel):
 class ZooForSequenceClassification(ZooPreTrainedModel):
     """Token ids `[B, T]` -> logits `[B, num_labels]`, read at the last token (at the first of a bidirectional model).
 
-    With `config.pool_args` a `Transform` stands before the classifier, which then has a bias.
+    With `config.classifier_args` a `Transform` stands before it, with `config.pooler_args` it reads the pooler; then it has a bias.
     """
 
     def __init__(self, config: ZooConfig):
         super().__init__(config)
         self.model = self._base(config)
-        pooled = config.pool_args is not None
-        self.pool = Transform(config, **config.pool_args) if pooled else nn.Identity()
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=pooled)
+        own = config.classifier_args is not None
+        self.classifier = Transform(config, **config.classifier_args) if own else nn.Identity()
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=own or config.pooler_args is not None)
         self.post_init()
 
     @can_return_tuple
@@ -293,6 +298,16 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         out = self.model(input_ids, attention_mask, use_cache=False, return_dict=True, **_without(kwargs))
+        logits = self.score(self._read(out, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=None, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states)
+
+    def _read(self, out: BaseModelOutputWithPoolingAndCrossAttentions, attention_mask: Tensor | None) -> Tensor:
+        """`[B, D]`: what is classified."""
+        if self.config.classifier_args is None and self.config.pooler_args is not None:
+            return out.pooler_output
         states = out.last_hidden_state
         index = torch.zeros(states.shape[0], dtype=torch.long, device=states.device)
         if attention_mask is not None:
@@ -300,11 +315,7 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
             index = order.argmax(-1) if self.config.causal else (attention_mask != 0).int().argmax(-1)
         elif self.config.causal:
             index = index + states.shape[1] - 1
-        logits = self.score(self.pool(states[torch.arange(states.shape[0], device=states.device), index]))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=None, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states)
+        return self.classifier(states[torch.arange(states.shape[0], device=states.device), index])
 
 
 class ZooForTokenClassification(ZooPreTrainedModel):
