@@ -1,0 +1,488 @@
+"""Layouts proven against transformers: every property of every trial, without a test written for it.
+
+A trial is a tiny model of transformers, saved by transformers and loaded by us. A property is a function of a trial that raises
+AssertionError where it does not hold, and returns the largest error it found (0 where bits are compared). A layout whose
+library is not at hand is proven on what it keeps: a model of ours saved in it and loaded again has the same bits.
+"""
+
+import copy
+import json
+import random
+import re
+import tempfile
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
+from transformers.configuration_utils import PreTrainedConfig
+
+from zoo import registry
+from zoo.auto import from_pretrained, model_class
+from zoo.config import nearest
+from zoo.evaluate.closeness import error_bound
+from zoo.foreign import config_class, with_defaults
+from zoo.keys import Pattern
+from zoo.layout import Layout, State, find_layout, layouts
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
+LENGTHS = (1, 5, 17, 33, 70)
+CLOSE = 1e-5  # of the largest value, or of 1: transformers computes recurrences in float32 whatever the dtype, so nothing is more exact
+NEW = 12  # tokens continued
+# what leaves the computation of a trained model as it is; a layout names its own in `forgets`
+FORGOTTEN = re.compile(
+    r".*(dropout|pdrop|drop_path).*|summary_.*|max_position_embeddings|pretraining_tp|output_router_logits|router_aux_loss_coef"
+    r"|router_jitter_noise|is_decoder|(mamba_)?chunk_size|use_mamba_kernels|_name_or_path"
+)
+PROPERTIES: dict[str, Callable[["Trial"], float]] = {}
+OWN_PROPERTIES: dict[str, Callable[["OwnTrial"], float]] = {}
+
+
+def has_oracle(layout: Layout) -> bool:
+    """Whether transformers has the models of this layout."""
+    return layout.complete is None and bool(layout.model_types) and config_class(layout.model_types[0]) is not None
+
+
+def foreign_config(layout: Layout, fields: dict) -> PreTrainedConfig:
+    """The config of transformers with these fields over the shared sizes, which go where its class has a field for them."""
+    fields = dict(fields)
+    cls = config_class(fields.pop("model_type", layout.model_types[0]))
+    known = cls.__dataclass_fields__.keys()
+    sizes = {cls.attribute_map.get(name, name): value for name, value in SIZES.items()}
+    return cls(**{name: value for name, value in sizes.items() if name in known} | fields)
+
+
+def push(model: nn.Module, fixed: list[Pattern]) -> None:
+    """Move every parameter and stored buffer away from special values, but for the buffers of these names: they are computed."""
+    buffers = dict(model.named_buffers())
+    pushed = set()
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            computed = name in buffers and any(pattern.match(name) is not None for pattern in fixed)
+            if tensor.is_floating_point() and tensor.data_ptr() not in pushed and not computed:
+                pushed.add(tensor.data_ptr())
+                tensor.add_(torch.randn_like(tensor) * 0.1)
+
+
+class Trial:
+    """A tiny model of transformers and ours of the same weights.
+
+    Attributes: layout; name of the trial; entry: the architecture; theirs, ours: the models; folder: where transformers saved
+    its own; report: of loading it.
+    """
+
+    def __init__(self, layout: Layout, name: str):
+        self.layout, self.name = layout, name
+        self.place = tempfile.TemporaryDirectory(prefix="parity-")
+
+    @cached_property
+    def theirs(self) -> nn.Module:
+        config = foreign_config(self.layout, self.layout.trials[self.name])
+        own = self.entry.config(**self.layout.config_map(with_defaults(config.to_dict(), self.layout)))
+        torch.manual_seed(0)
+        auto = AutoModelForCausalLM if own.causal else AutoModel
+        cls = getattr(transformers, config.architectures[0])._from_config if config.architectures else auto.from_config
+        model = cls(config, **PLAIN).eval()
+        rules = self.layout.rules(own) if callable(self.layout.rules) else self.layout.rules
+        push(model, [pattern for rule in rules if not rule.moved for pattern in rule.foreign])
+        return model
+
+    @cached_property
+    def entry(self) -> registry.Architecture:
+        return next(entry for entry in registry.ARCHITECTURES.values() if self.layout in entry.layouts)
+
+    @cached_property
+    def folder(self) -> Path:
+        self.theirs.save_pretrained(self.place.name + "/theirs")
+        return Path(self.place.name, "theirs")
+
+    @cached_property
+    def ours(self) -> nn.Module:
+        model, self.report = from_pretrained(self.folder, output_loading_info=True)
+        return model
+
+    def tokens(self, batch: int, length: int) -> Tensor:
+        """Random token ids, none of them a special one."""
+        return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def of_trials(function: Callable[[Trial], float]) -> Callable[[Trial], float]:
+    """Enter a property of trials under its name."""
+    PROPERTIES[function.__name__] = function
+    return function
+
+
+def forgotten(layout: Layout, name: str) -> bool:
+    """Whether this field of the foreign config need not be read or kept."""
+    return name in layout.forgets or FORGOTTEN.fullmatch(name) is not None
+
+
+def answer(model: nn.Module, **given) -> Tensor:
+    """Logits, or of a model without a head its last hidden states."""
+    out = model(**given, **({"use_cache": False} if model.can_generate() else {}))
+    return out.logits if "logits" in out else out.last_hidden_state
+
+
+def close(ours: Tensor, theirs: Tensor, what: str) -> float:
+    """The largest error relative to the largest value, or to 1; AssertionError where it is more than CLOSE."""
+    assert ours.shape == theirs.shape, f"{what}: shape {list(ours.shape)}, in transformers {list(theirs.shape)}"
+    assert torch.isfinite(ours).all(), f"{what}: not finite"
+    error = (ours - theirs).abs().max().item() / max(1.0, theirs.abs().max().item())
+    assert error <= CLOSE, f"{what}: off by {error:.3g} relative to the largest value"
+    return error
+
+
+@of_trials
+def loads(trial: Trial) -> float:
+    """The saved config leads to this layout, and the weights fit."""
+    entry, layout = find_layout(json.loads((trial.folder / "config.json").read_text()))
+    assert (entry.name, layout.name) == (trial.entry.name, trial.layout.name), f"it is read by the layout {layout.name!r}"
+    assert trial.ours.config.name == entry.name
+    return 0.0
+
+
+@of_trials
+def options_are_read(trial: Trial) -> float:
+    """Every field of the foreign config is looked at, so that none is ignored in silence."""
+
+    class Recorded(dict):
+        def __getitem__(self, name):
+            seen.add(name)
+            return super().__getitem__(name)
+
+        def get(self, name, default=None):
+            seen.add(name)
+            return super().get(name, default)
+
+        def pop(self, name, *default):
+            seen.add(name)
+            return super().pop(name, *default)
+
+    seen: set[str] = set()
+    config = trial.theirs.config
+    trial.layout.config_map(Recorded(with_defaults(config.to_dict(), trial.layout)))
+    fields = type(config).__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
+    names = {config.attribute_map.get(name, name) for name in fields}
+    ignored = {name for name in names - seen if not forgotten(trial.layout, name)}
+    assert not ignored, (
+        f"config_map never looks at {sorted(ignored)}; read or refuse them, or name them in `forgets` if they change nothing"
+    )
+    return 0.0
+
+
+@of_trials
+def accounts_for_every_key(trial: Trial) -> float:
+    """Each stored key has its place and each of ours comes from one, whichever way one goes."""
+    ours, report = trial.ours, trial.report
+    stored = stored_tensors(trial.folder)
+    used = {name for names in report.transformed.values() for name in names} | set(report.taken)
+    assert used | set(report.dropped) == set(stored), f"not accounted for: {sorted(set(stored) - used - set(report.dropped))}"
+    made = set(report.taken.values()) | set(report.transformed) | set(report.fresh)
+    tied = set(ours.all_tied_weights_keys) if ours.config.tie_word_embeddings else set()
+    assert made == set(ours.state_dict()) - tied, f"from nowhere: {sorted(set(ours.state_dict()) - tied - made)}"
+    back = trial.layout.to_foreign(ours.state_dict(), ours)
+    assert back.keys() == used, f"written, but not read: {sorted(back.keys() ^ used)}"
+    there, _ = trial.layout.to_zoo(back, ours)
+    for name, tensor in there.items():
+        assert torch.equal(tensor, ours.state_dict()[name]), f"{name} changes on the way there and back"
+        assert tensor.is_contiguous(), f"{name} is not contiguous"
+    loose = [name for name, tensor in back.items() if not tensor.is_contiguous()]
+    assert not loose, f"not contiguous: {loose}"
+    return 0.0
+
+
+@of_trials
+@torch.no_grad()
+def logits_are_equal(trial: Trial) -> float:
+    errors = []
+    for length in LENGTHS:
+        ids = trial.tokens(2, length)
+        errors.append(close(answer(trial.ours, input_ids=ids), answer(trial.theirs, input_ids=ids), f"{length} tokens"))
+    return max(errors)
+
+
+@of_trials
+@torch.no_grad()
+def padded_rows_are_as_alone(trial: Trial) -> float:
+    """Padded on either side, a row is what transformers makes of it alone: not all its models keep padding out."""
+    ids, errors = trial.tokens(3, 11), []
+    for side, starts, ends in (("left", (4, 0, 9), (11, 11, 11)), ("right", (0, 0, 0), (7, 11, 2))):
+        places = torch.arange(11)
+        mask = (places >= torch.tensor(starts)[:, None]) & (places < torch.tensor(ends)[:, None])
+        given = {"input_ids": ids.masked_fill(~mask, SIZES["pad_token_id"]), "attention_mask": mask.long()}
+        result = answer(trial.ours, **given)
+        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
+            alone = answer(trial.theirs, input_ids=ids[row : row + 1, start:end])[0]
+            errors.append(close(result[row, start:end] if result.ndim == 3 else result[row], alone, f"row {row}, padded {side}"))
+    return max(errors)
+
+
+@of_trials
+@torch.no_grad()
+def greedy_continuations_are_equal(trial: Trial) -> float:
+    """Row by row, as not all models of transformers decode a batch."""
+    if not trial.theirs.can_generate():
+        assert not trial.ours.can_generate() or not trial.ours.config.causal, "ours continues, theirs does not"
+        return 0.0
+    ids, starts = trial.tokens(2, 11), (4, 0)
+    mask = torch.arange(11) >= torch.tensor(starts)[:, None]
+    given = {"input_ids": ids.masked_fill(~mask, SIZES["pad_token_id"]), "attention_mask": mask.long()}
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    continued = trial.ours.generate(**given, **options)
+    for row, start in enumerate(starts):
+        alone = ids[row : row + 1, start:]
+        expected = trial.theirs.generate(alone, attention_mask=torch.ones_like(alone), **options)[0]
+        assert torch.equal(continued[row, start:], expected), (
+            f"row {row}: {continued[row, 11:].tolist()}, expected {expected[-NEW:].tolist()}"
+        )
+    return 0.0
+
+
+@of_trials
+def gradients_are_equal(trial: Trial) -> float:
+    """Ours, pulled back through the rules, are those transformers gets for the tensors of its checkpoint."""
+    theirs, ours = copy.deepcopy(trial.theirs), copy.deepcopy(trial.ours)
+    ids = trial.tokens(2, 17)
+    weight = None
+    for model in (theirs, ours):
+        out = answer(model, input_ids=ids)
+        if weight is None:
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)) / out.numel() ** 0.5
+        (out * weight).sum().backward()
+    own = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
+    trained = {name for name, _ in ours.named_parameters()}
+    with torch.no_grad():  # saved in place of the weights, theirs go through what transformers does when it saves
+        for tensor in {t.data_ptr(): t for t in theirs.state_dict().values()}.values():
+            if tensor.is_floating_point():
+                grads = [p.grad for p in theirs.parameters() if p.data_ptr() == tensor.data_ptr()]
+                tensor.copy_(grads[0] if grads and grads[0] is not None else torch.zeros_like(tensor))
+    theirs.save_pretrained(trial.place.name + "/gradients")
+    expected = stored_tensors(trial.place.name + "/gradients")
+    leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in stored_tensors(trial.folder).items()}
+    made, report = trial.layout.to_zoo(leaves, ours)
+    sum((tensor * own[name]).sum() for name, tensor in made.items() if name in own).backward()
+    errors = [0.0]
+    scale = max(tensor.abs().max().item() for tensor in expected.values() if tensor.is_floating_point())
+    for name, leaf in leaves.items():
+        if leaf.grad is not None:
+            errors.append(close(leaf.grad / scale, expected[name] / scale, f"the gradient of {name}"))
+        elif name not in report.dropped and report.taken.get(name) in trained:
+            assert not expected[name].any(), f"{name} has a gradient there and none here"
+    return max(errors)
+
+
+@of_trials
+@torch.no_grad()
+def written_back_it_is_what_it_was(trial: Trial) -> float:
+    """transformers reads equal bits and computes equal bits, and the config says the same but for what is forgotten."""
+    target = Path(trial.place.name, "back")
+    trial.ours.save_pretrained(target, layout=trial.layout.name)
+    again, info = type(trial.theirs).from_pretrained(target, output_loading_info=True, **PLAIN)
+    wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    assert not wrong, f"transformers finds {wrong}"
+    same_bits(trial.theirs.state_dict(), again.state_dict())
+    ids = trial.tokens(2, 33)
+    error = close(answer(again, input_ids=ids), answer(trial.theirs, input_ids=ids), "what the same weights compute there")
+    old, new = (json.loads((folder / "config.json").read_text()) for folder in (trial.folder, target))
+    changed = {name: (value, new.get(name)) for name, value in old.items() if new.get(name) != value and not forgotten(trial.layout, name)}
+    assert not changed, f"the config changes (before, after): {changed}"
+    return error
+
+
+@of_trials
+@torch.no_grad()
+def half_precision_stays_half(trial: Trial) -> float:
+    """bfloat16 weights keep their bits, and compute what theirs do, by the rule of closeness."""
+    half = copy.deepcopy(trial.theirs).bfloat16()
+    folder, back = Path(trial.place.name, "half"), Path(trial.place.name, "half-back")
+    half.save_pretrained(folder)
+    ours, ids = from_pretrained(folder), trial.tokens(8, 33)
+    assert ours.dtype == torch.bfloat16, f"bfloat16 became {ours.dtype}"
+    result, plain = answer(ours, input_ids=ids), answer(half, input_ids=ids)
+    exact = answer(copy.deepcopy(half).float(), input_ids=ids)
+    share = 2 if any(getattr(module, "waits_for_device", False) for module in ours.modules()) else 1
+    bound = error_bound(*calmest(plain, exact, share))
+    error = torch.sub(*calmest(result, exact, share)).abs().max().item()
+    assert error <= bound, f"in bfloat16 off by {error:.3g}, the rule of closeness allows {bound:.3g}"
+    ours.save_pretrained(back, layout=trial.layout.name)
+    before, after = (type(half).from_pretrained(each, **PLAIN).state_dict() for each in (folder, back))  # which may widen some
+    same_bits(before, after)
+    return 0.0
+
+
+def calmest(result: Tensor, exact: Tensor, share: int) -> tuple[Tensor, Tensor]:
+    """Both at the tokens with the smallest errors, one of `share`: where experts are chosen, rounding turns the choice for some."""
+    errors = (result - exact).abs().amax(-1).flatten()
+    kept = errors.topk(errors.numel() // share, largest=False).indices
+    return result.flatten(0, -2)[kept], exact.flatten(0, -2)[kept]
+
+
+class OwnTrial:
+    """A model of ours to be saved in a layout: of the trial's config, or where a layout has no trials of the preset "tiny"."""
+
+    def __init__(self, layout: Layout, name: str):
+        self.layout, self.name = layout, name
+        self.entry = next(entry for entry in registry.ARCHITECTURES.values() if layout in entry.layouts)
+        self.place = tempfile.TemporaryDirectory(prefix="parity-")
+
+    @cached_property
+    def ours(self) -> nn.Module:
+        if not self.layout.trials:
+            config = registry.build_config(f"{self.entry.name}-tiny")
+        else:
+            kind = {"model_type": self.layout.model_types[0]} if self.layout.model_types else {}
+            foreign = with_defaults(kind | self.layout.trials[self.name], self.layout)
+            config = self.entry.config(**self.layout.config_map(foreign))
+        torch.manual_seed(0)
+        model = model_class(config)(config).eval()
+        push(model, [])
+        return model
+
+
+def of_own_trials(function: Callable[[OwnTrial], float]) -> Callable[[OwnTrial], float]:
+    """Enter a property of layouts without an oracle under its name."""
+    OWN_PROPERTIES[function.__name__] = function
+    return function
+
+
+@of_own_trials
+def saved_and_loaded_it_is_what_it_was(trial: OwnTrial) -> float:
+    """In float32 and bfloat16: the same bits, the same config, every key accounted for."""
+    for dtype in (torch.float32, torch.bfloat16):
+        ours, folder = copy.deepcopy(trial.ours).to(dtype), Path(trial.place.name, str(dtype))
+        ours.save_pretrained(folder, layout=trial.layout.name)
+        file = trial.layout.file
+        again, report = from_pretrained(folder / file if file.endswith(".pth") else folder, output_loading_info=True)
+        assert again.dtype == dtype and not report.fresh, f"{dtype} became {again.dtype}, untrained are {report.fresh}"
+        same_bits(ours.state_dict(), again.state_dict())
+        trial.layout.check_expressible(ours.config, foreign_of(trial.layout, folder))
+    return 0.0
+
+
+def foreign_of(layout: Layout, folder: Path) -> dict:
+    """The foreign config a folder holds."""
+    if layout.file.endswith(".pth"):
+        tensors = torch.load(folder / layout.file, weights_only=True)
+        return with_defaults({"tensors": {name: list(tensor.shape) for name, tensor in tensors.items()}}, layout)
+    return with_defaults(json.loads((folder / "config.json").read_text()), layout)
+
+
+def stored_tensors(folder: str | Path) -> State:
+    """All tensors of a folder's safetensors."""
+    return {name: tensor for path in sorted(Path(folder).glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def same_bits(before: State, after: State) -> None:
+    """Assert equal names, dtypes and values."""
+    assert before.keys() == after.keys(), f"keys come or go: {sorted(before.keys() ^ after.keys())}"
+    changed = [name for name in before if before[name].dtype != after[name].dtype or not torch.equal(before[name], after[name])]
+    assert not changed, f"{len(changed)} tensors change, such as {changed[0]}"
+
+
+@dataclass
+class Proof:
+    """What was found out about a layout.
+
+    Args:
+        layout, architecture: names.
+        oracle: whether it was compared with transformers.
+        trials: how many configs were tried.
+        errors: property -> the largest error over all trials.
+        failures: (trial, property) -> what went wrong.
+    """
+
+    layout: str
+    architecture: str
+    oracle: bool
+    trials: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+    failures: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def holds(self, label: str) -> bool:
+        return label in self.errors and not any(failed == label for _, failed in self.failures)
+
+
+COLUMNS = {  # heading -> properties
+    "loads": ("loads", "options_are_read", "accounts_for_every_key"),
+    "padding": ("padded_rows_are_as_alone",),
+    "greedy equal": ("greedy_continuations_are_equal",),
+    "gradients": ("gradients_are_equal",),
+    "bfloat16": ("half_precision_stays_half",),
+    "saves back bit-equal": ("written_back_it_is_what_it_was",),
+}
+
+
+def find(name: str) -> Layout:
+    """The layout of this name, or an error that names the nearest."""
+    for entry in registry.ARCHITECTURES.values():
+        for layout in entry.layouts:
+            if layout.name == name:
+                return layout
+    raise ValueError(f"no layout {name!r}{nearest(name, layouts())}; zoo.layouts() names them")
+
+
+def trial_names(layout: Layout) -> list[str]:
+    """The trials of a layout; one without oracle and trials is tried on the preset "tiny"."""
+    if has_oracle(layout) and not layout.trials:
+        raise ValueError(f"layout {layout.name!r} has no trials; give it some, transformers knows its models")
+    return list(layout.trials) or ["tiny"]
+
+
+def sampled(layout: Layout) -> str:
+    """One of the trials, always the same."""
+    return random.Random(layout.name).choice(trial_names(layout))
+
+
+def properties(layout: Layout) -> dict[str, Callable]:
+    """What is to be shown of it."""
+    return PROPERTIES if has_oracle(layout) else OWN_PROPERTIES
+
+
+def make_trial(layout: Layout, name: str) -> Trial | OwnTrial:
+    """A trial by its name."""
+    if name not in trial_names(layout):
+        raise ValueError(
+            f"layout {layout.name!r} has no trial {name!r}{nearest(name, layout.trials)}; it has {', '.join(trial_names(layout))}"
+        )
+    return (Trial if has_oracle(layout) else OwnTrial)(layout, name)
+
+
+def prove(layout: Layout, trials: Iterable[str] | None = None) -> Proof:
+    """All properties of a layout on some of its trials (default: all)."""
+    proof = Proof(layout.name, layouts()[layout.name], has_oracle(layout))
+    for name in trial_names(layout) if trials is None else trials:
+        trial = make_trial(layout, name)
+        proof.trials += 1
+        for label, check in properties(layout).items():
+            try:
+                proof.errors[label] = max(check(trial), proof.errors.get(label, 0.0))
+            except Exception:  # it may fail in any way; the caller reports it
+                proof.failures[name, label] = traceback.format_exc(limit=-2)
+                if "ours" not in vars(trial):  # there is nothing to prove
+                    break
+    return proof
+
+
+def table(proofs: list[Proof]) -> list[str]:
+    """A Markdown table with a row for each."""
+    titles = ["layout", "architecture", "max error", *COLUMNS, "configs tried"]
+    rows = [titles, ["-" * len(title) for title in titles]]
+    for proof in proofs:
+        error = f"{proof.errors['logits_are_equal']:.1e}" if proof.holds("logits_are_equal") else "fails" if proof.oracle else ""
+        held = ["yes" if all(map(proof.holds, labels)) else "fails" for labels in COLUMNS.values()]
+        if not proof.oracle:
+            kept = "yes" if proof.holds("saved_and_loaded_it_is_what_it_was") else "fails"
+            held = [kept if title in ("loads", "bfloat16", "saves back bit-equal") else "" for title in COLUMNS]
+        rows.append([f"`{proof.layout}`", f"`{proof.architecture}`", error, *held, str(proof.trials)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
