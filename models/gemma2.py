@@ -118,6 +118,15 @@ RULES = (
     drop("model.layers.{}.self_attn.rotary_emb.inv_freq", "follows from rope_theta"),
 )
 
+TRIALS = {
+    "plain": {"head_dim": 8, "query_pre_attn_scalar": 5, "sliding_window": 5},
+    "biased": {"head_dim": 10, "query_pre_attn_scalar": 5, "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"],
+               "attention_bias": True, "hidden_size": 48, "attn_logit_softcapping": 2.0, "final_logit_softcapping": None,
+               "tie_word_embeddings": False},
+    "uncapped": {"head_dim": 8, "attn_logit_softcapping": None, "hidden_activation": "silu", "num_key_value_heads": 4},
+}  # fmt: skip
+
+
 register(
     "gemma2",
     config=Gemma2Config,
@@ -138,5 +147,5 @@ register(
             query_scalar=144, embedding_scale=4608**0.5,
         ),
     },
-    layouts=(Layout("gemma2", ("gemma2",), from_gemma2, to_gemma2, RULES),),
+    layouts=(Layout("gemma2", ("gemma2",), from_gemma2, to_gemma2, RULES, trials=TRIALS),),
 )  # fmt: skip

@@ -57,13 +57,16 @@ def from_gpt2(foreign: dict) -> dict:
 
 def to_gpt2(config: GPT2Config) -> dict:
     """The inverse. What it cannot say is left out, and noticed by mapping back."""
-    act = foreign_activation((config.channel_args or {}).get("act", "gelu"))
-    act = "gelu_new" if act == "gelu_pytorch_tanh" else act  # two names of one function; this is the one GPT-2 knows
+    act = foreign_activation((config.channel_args or {}).get("act", "gelu"), dated=True)
     return {name: getattr(config, own) for own, name in RENAMED.items()} | {"activation_function": act}
 
 
 GPT2 = Layout(
-    "gpt2", ("gpt2",), from_gpt2, to_gpt2, prefix="transformer.",
+    "gpt2", ("gpt2",), from_gpt2, to_gpt2, prefix="transformer.", forgets=("reorder_and_upcast_attn",),
+    trials={
+        "plain": {},
+        "untied": {"n_inner": 52, "activation_function": "relu", "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3},
+    },
     rules=(
         rename("transformer.w{te,pe}.weight", "model.embed_{tokens,positions}.weight"),
         rename("transformer.h.{}.ln_{1,2}.{weight,bias}", "model.layers.{}.{mixer,channel}_norm.{weight,bias}"),

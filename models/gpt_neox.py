@@ -69,6 +69,13 @@ def to_neox(config: GPTNeoXConfig) -> dict:
 
 NEOX = Layout(
     "gpt_neox", ("gpt_neox",), from_neox, to_neox, prefix="gpt_neox.",
+    trials={
+        "partial": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+        "sequential": {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True,
+                       "hidden_act": "gelu_pytorch_tanh"},
+        "stretched": {"hidden_size": 36, "num_attention_heads": 6,
+                      "rope_parameters": {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.5, "partial_rotary_factor": 1.0}},
+    },
     rules=(
         rename("gpt_neox.embed_in.weight", "model.embed_tokens.weight"),
         rename("gpt_neox.layers.{}.{input,post_attention}_layernorm.{weight,bias}", "model.layers.{}.{mixer,channel}_norm.{weight,bias}"),

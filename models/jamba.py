@@ -96,6 +96,23 @@ RULES = (
 )
 
 
+FORGETS = ("use_mambapy", "use_associative_scan")
+SMALL = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "use_mamba_kernels": False}
+TRIALS = {
+    "plain": SMALL | {"num_experts": 3, "mamba_dt_rank": 4},
+    "biased": SMALL | {"num_experts": 1, "num_experts_per_tok": 1, "mamba_proj_bias": True, "mamba_conv_bias": False, "mamba_dt_rank": 3},
+    "tied": SMALL
+    | {
+        "num_hidden_layers": 3,
+        "attn_layer_offset": 0,
+        "num_experts": 4,
+        "tie_word_embeddings": True,
+        "mamba_expand": 3,
+        "mamba_dt_rank": 4,
+    },
+}
+
+
 register(
     "jamba",
     config=JambaConfig,
@@ -111,5 +128,5 @@ register(
             hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, vocab_size=65536, experts=dict(experts=16, top_k=2),
         ),
     },
-    layouts=(Layout("jamba", ("jamba",), from_foreign, to_foreign, RULES),),
+    layouts=(Layout("jamba", ("jamba",), from_foreign, to_foreign, RULES, trials=TRIALS, forgets=FORGETS),),
 )  # fmt: skip

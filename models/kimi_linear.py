@@ -130,6 +130,22 @@ RULES = (
 ALIASES = ((THEIRS + "mlp.{gate,up,down}_proj.weight", MOE + "{gate,up,down}_proj.weight"),)
 
 
+SMALL = {
+    "layer_types": ["linear_attention", "full_attention"], "num_key_value_heads": 4, "moe_intermediate_size": 16, "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4, "v_head_dim": 10, "qk_nope_head_dim": 8, "num_experts_per_tok": 2, "num_local_experts": 4,
+    "linear_head_dim": 8, "linear_num_heads": 3, "n_shared_experts": 2,
+}  # fmt: skip
+FORGETS = ("model_max_length",)
+TRIALS = {
+    "plain": SMALL,
+    "grouped": SMALL
+    | {"q_lora_rank": 12, "attention_bias": True, "num_local_experts": 6, "n_group": 3, "topk_group": 2, "norm_topk_prob": False},
+    "dense": SMALL
+    | {"mlp_layer_types": ["dense", "dense"], "linear_conv_kernel_dim": 3, "num_experts_per_tok": 1, "num_local_experts": 2}
+    | {"moe_intermediate_size": 1, "n_shared_experts": 1, "routed_scaling_factor": 1.0},
+}
+
+
 register(
     "kimi_linear",
     config=KimiLinearConfig,
@@ -148,5 +164,7 @@ register(
             experts=dict(experts=256, top_k=8, expert_size=1024, shared_size=1024, scale=2.446),
         ),
     },
-    layouts=(Layout("kimi_linear", ("kimi_linear",), from_foreign, to_foreign, RULES, aliases=ALIASES),),
+    layouts=(
+        Layout("kimi_linear", ("kimi_linear",), from_foreign, to_foreign, RULES, aliases=ALIASES, trials=TRIALS, forgets=FORGETS),
+    ),
 )  # fmt: skip

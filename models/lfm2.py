@@ -126,6 +126,15 @@ RULES = (
 _PUBLISHED = dict(num_hidden_layers=16, vocab_size=65536, attention_layers=[2, 5, 8, 10, 12, 14])
 
 
+# the width of the MLPs is written as what it amounts to
+FORGETS = ("full_attn_idxs", "intermediate_size", "block_auto_adjust_ff_dim", "block_multiple_of", "block_ffn_dim_multiplier")
+TRIALS = {
+    "plain": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
+    "biased": {"layer_types": ["full_attention", "conv"], "conv_bias": True, "conv_L_cache": 4, "block_auto_adjust_ff_dim": False,
+               "tie_word_embeddings": False},
+}  # fmt: skip
+
+
 register(
     "lfm2",
     config=LFM2Config,
@@ -140,5 +149,5 @@ register(
         "700m": dict(hidden_size=1536, intermediate_size=6912, num_heads=24, **_PUBLISHED),
         "1.2b": dict(hidden_size=2048, intermediate_size=8192, **_PUBLISHED),
     },
-    layouts=(Layout("lfm2", ("lfm2",), from_foreign, to_foreign, RULES),),
+    layouts=(Layout("lfm2", ("lfm2",), from_foreign, to_foreign, RULES, trials=TRIALS, forgets=FORGETS),),
 )  # fmt: skip

@@ -139,10 +139,21 @@ RULES = (
     rename("score.{weight,bias}", "score.{weight,bias}"),
 )
 ALIASES = (("backbone.embedding.weight", "backbone.embeddings.weight"),)
+FORGETS = (  # where its steps start, how it computes, and a stream that we keep in the dtype of the weights
+    "time_step_min", "time_step_max", "time_step_floor", "time_step_scale", "time_step_init_scheme", "rescale_prenorm_residual",
+    "use_mambapy", "use_associative_scan", "residual_in_fp32",
+)  # fmt: skip
+SMALL = {"state_size": 5, "hidden_size": 36}
+BIASED = SMALL | {"use_bias": True, "tie_word_embeddings": False}
+TRIALS = {
+    "mamba": {"plain": SMALL, "biased": BIASED | {"use_conv_bias": False, "time_step_rank": 5, "conv_kernel": 3}},
+    "falcon_mamba": {"plain": SMALL, "biased": BIASED | {"expand": 3, "mixer_rms_eps": 1e-3, "layer_norm_epsilon": 1e-4}},
+}
 LAYOUTS = tuple(
-    Layout(kind, (kind,), from_mamba, partial(to_mamba, kind=kind), RULES, prefix="backbone.", aliases=ALIASES)
-    for kind in ("mamba", "falcon_mamba")
-)
+    Layout(kind, (kind,), from_mamba, partial(to_mamba, kind=kind), RULES, prefix="backbone.", aliases=ALIASES, forgets=FORGETS,
+           trials=trials)
+    for kind, trials in TRIALS.items()
+)  # fmt: skip
 FLA = fla_layout(
     "mamba",
     "Mamba",

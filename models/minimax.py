@@ -180,6 +180,15 @@ def rules(config: MiniMaxConfig) -> tuple[Rule, ...]:
     )
 
 
+SMALL = {"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1}
+TRIALS = {
+    "plain": SMALL,
+    "weighted": SMALL
+    | {"full_attn_alpha_factor": 2.5, "linear_attn_alpha_factor": 3.5, "linear_attn_beta_factor": 0.5, "mlp_alpha_factor": 1.5}
+    | {"sliding_window": 6, "num_local_experts": 3, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+}
+
+
 register(
     "minimax",
     config=MiniMaxConfig,
@@ -197,5 +206,5 @@ register(
             residual_weights=[3.5565588200778455, 1.0, 3.5565588200778455, 1.0],
         ),
     },
-    layouts=(Layout("minimax", ("minimax",), from_foreign, to_foreign, rules),),
+    layouts=(Layout("minimax", ("minimax",), from_foreign, to_foreign, rules, trials=TRIALS, forgets=("block_size",)),),
 )  # fmt: skip

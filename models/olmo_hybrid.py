@@ -160,6 +160,19 @@ RULES = (
 ALIASES = ((THEIRS + "post_attention_layernorm.weight", THEIRS + "feedforward_layer_norm.weight"),)
 
 
+INITIAL = ("linear_a_log_min", "linear_a_log_max", "linear_dt_min", "linear_dt_max", "linear_dt_init_floor")
+SMALL = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 2,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": None},
+}  # fmt: skip
+TRIALS = {
+    "plain": SMALL,
+    "biased": SMALL | {"attention_bias": True, "linear_num_value_heads": 4, "linear_allow_neg_eigval": False, "tie_word_embeddings": True},
+    "turned": SMALL
+    | {"num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "linear_value_head_dim": 12},
+}
+
+
 register(
     "olmo_hybrid",
     config=OlmoHybridConfig,
@@ -176,5 +189,7 @@ register(
             recurrent_layers=[index for index in range(32) if index % 4 != 3],
         ),
     },
-    layouts=(Layout("olmo_hybrid", ("olmo_hybrid",), from_foreign, to_foreign, RULES, aliases=ALIASES),),
+    layouts=(
+        Layout("olmo_hybrid", ("olmo_hybrid",), from_foreign, to_foreign, RULES, aliases=ALIASES, trials=TRIALS, forgets=INITIAL),
+    ),
 )  # fmt: skip

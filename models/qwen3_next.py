@@ -158,6 +158,20 @@ RULES = (
 )
 
 
+SMALL = {
+    "layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+}  # fmt: skip
+TRIALS = {
+    "plain": SMALL,
+    "biased": SMALL | {"mlp_only_layers": [1], "attention_bias": True, "linear_value_head_dim": 12, "tie_word_embeddings": True},
+    "odd": SMALL
+    | {"num_experts": 3, "norm_topk_prob": False, "linear_num_key_heads": 3, "linear_num_value_heads": 3}
+    | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}},
+}
+
+
 register(
     "qwen3_next",
     config=Qwen3NextConfig,
@@ -175,5 +189,5 @@ register(
             experts=dict(experts=512, top_k=10, expert_size=512, shared_size=512),
         ),
     },
-    layouts=(Layout("qwen3_next", ("qwen3_next",), from_foreign, to_foreign, RULES),),
+    layouts=(Layout("qwen3_next", ("qwen3_next",), from_foreign, to_foreign, RULES, trials=TRIALS),),
 )  # fmt: skip

@@ -117,6 +117,14 @@ RULES = (
 )
 
 
+INITIAL = ("w_init_variance_scale",)
+TRIALS = {
+    "plain": {"num_hidden_layers": 3, "num_key_value_heads": 1, "attention_window_size": 8, "tie_word_embeddings": True},
+    "wide": {"block_types": ["attention", "recurrent"], "lru_width": 32, "attention_window_size": 5, "attention_bias": True,
+             "logits_soft_cap": 5.0, "conv1d_width": 3, "tie_word_embeddings": False},
+}  # fmt: skip
+
+
 register(
     "recurrent_gemma",
     config=RecurrentGemmaConfig,
@@ -133,5 +141,5 @@ register(
             hidden_size=4096, num_hidden_layers=38, intermediate_size=12288, vocab_size=256000, num_heads=16, embedding_scale=64.0,
         ),
     },
-    layouts=(Layout("recurrent_gemma", ("recurrent_gemma",), from_foreign, to_foreign, RULES),),
+    layouts=(Layout("recurrent_gemma", ("recurrent_gemma",), from_foreign, to_foreign, RULES, trials=TRIALS, forgets=INITIAL),),
 )  # fmt: skip

@@ -91,7 +91,8 @@ def from_llama(foreign: dict) -> dict:
     kinds = set(foreign.get("layer_types") or [])
     if len(kinds) > 1:
         raise ValueError(f"layer_types mixes {sorted(kinds)}; a transformer has one kind of layer, build a hybrid for several")
-    return fields | {"window": None if kinds == {"full_attention"} else foreign.get("sliding_window")}
+    window = foreign.get("sliding_window")
+    return fields | {"window": None if kinds == {"full_attention"} else window}
 
 
 def to_llama(config: TransformerConfig, kind: str) -> dict:
@@ -140,10 +141,38 @@ AROUND = (
     rename("score.{weight,bias}", "score.{weight,bias}"),
     drop("model.layers.{}.self_attn.rotary_emb.inv_freq", "follows from rope_theta"),
 )
+STRETCHED = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+TRIALS = {
+    "llama": {
+        "plain": {},
+        "tied-biased": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
+        "stretched": {"rope_parameters": STRETCHED, "num_key_value_heads": 4},
+        "linear": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}, "head_dim": 10, "hidden_size": 36},
+    },
+    "mistral": {"full": {"sliding_window": None, "head_dim": 14}, "window": {"sliding_window": 5}},
+    "qwen2": {
+        "tied": {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        "window": {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
+    },
+    "qwen3": {
+        "plain": {"head_dim": 8, "rms_norm_eps": 1e-3},
+        "biased": {"head_dim": 8, "attention_bias": True, "num_key_value_heads": 1},
+        "judge": {"head_dim": 8, "architectures": ["Qwen3ForSequenceClassification"], "num_labels": 5},
+    },
+    "phi3": {
+        "plain": {},
+        "window": {"sliding_window": 5, "num_key_value_heads": 4, "tie_word_embeddings": True},
+        "partial": {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.75}},
+    },
+}
 LAYOUTS = tuple(
-    Layout(kind, (kind,), from_llama, partial(to_llama, kind=kind), (FUSED if kind == "phi3" else APART) + AROUND)
-    for kind in ("llama", "mistral", "qwen2", "qwen3", "phi3")
-)
+    Layout(kind, (kind,), from_llama, partial(to_llama, kind=kind), (FUSED if kind == "phi3" else APART) + AROUND,
+           trials=trials, forgets=("use_sliding_window", "max_window_layers", "original_max_position_embeddings"))
+    for kind, trials in TRIALS.items()
+)  # fmt: skip
 
 
 def read_fla(foreign: dict) -> dict:

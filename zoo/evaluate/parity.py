@@ -151,33 +151,45 @@ def loads(trial: Trial) -> float:
     return 0.0
 
 
+class Recorded(dict):
+    """A config that notes which of its fields are looked at."""
+
+    def __init__(self, config: dict, seen: set[str]):
+        super().__init__(config)
+        self.seen = seen
+
+    def __getitem__(self, name):
+        self.seen.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        self.seen.add(name)
+        return super().get(name, default)
+
+    def pop(self, name, *default):
+        self.seen.add(name)
+        return super().pop(name, *default)
+
+
 @of_trials
 def options_are_read(trial: Trial) -> float:
-    """Every field of the foreign config is looked at, so that none is ignored in silence."""
-
-    class Recorded(dict):
-        def __getitem__(self, name):
-            seen.add(name)
-            return super().__getitem__(name)
-
-        def get(self, name, default=None):
-            seen.add(name)
-            return super().get(name, default)
-
-        def pop(self, name, *default):
-            seen.add(name)
-            return super().pop(name, *default)
-
+    """Every field of the foreign config is looked at in this or another trial, so that none is ignored in silence."""
     seen: set[str] = set()
-    config = trial.theirs.config
-    trial.layout.config_map(Recorded(with_defaults(config.to_dict(), trial.layout)))
-    fields = type(config).__dataclass_fields__.keys() - PreTrainedConfig.__dataclass_fields__.keys()
-    names = {config.attribute_map.get(name, name) for name in fields}
-    ignored = {name for name in names - seen if not forgotten(trial.layout, name)}
+    configs = [foreign_config(trial.layout, fields) for fields in trial.layout.trials.values()]
+    for config in configs:
+        trial.layout.config_map(Recorded(with_defaults(config.to_dict(), trial.layout), seen))
+    known = {type(config): config.attribute_map for config in configs}
+    fields = {aliases.get(n, n) for cls, aliases in known.items() for n in cls.__dataclass_fields__.keys() - shared_fields()}
+    ignored = {name for name in fields - seen if not forgotten(trial.layout, name)}
     assert not ignored, (
         f"config_map never looks at {sorted(ignored)}; read or refuse them, or name them in `forgets` if they change nothing"
     )
     return 0.0
+
+
+def shared_fields() -> set[str]:
+    """What every config of transformers has."""
+    return set(PreTrainedConfig.__dataclass_fields__)
 
 
 @of_trials
