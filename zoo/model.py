@@ -280,6 +280,7 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
     """Token ids `[B, T]` -> logits `[B, num_labels]`, read at the last token (at the first of a bidirectional model).
 
     With `config.classifier_args` a `Transform` stands before it, with `config.pooler_args` it reads the pooler; then it has a bias.
+    With `config.classifier_mean` it reads the mean of all states.
     """
 
     def __init__(self, config: ZooConfig):
@@ -306,9 +307,12 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
 
     def _read(self, out: BaseModelOutputWithPoolingAndCrossAttentions, attention_mask: Tensor | None) -> Tensor:
         """`[B, D]`: what is classified."""
+        states = out.last_hidden_state
+        if self.config.classifier_mean:
+            weight = states.new_ones(states.shape[:2]) if attention_mask is None else (attention_mask != 0).to(states.dtype)
+            return self.classifier(torch.einsum("btd,bt->bd", states, weight) / weight.sum(-1, keepdim=True))
         if self.config.classifier_args is None and self.config.pooler_args is not None:
             return out.pooler_output
-        states = out.last_hidden_state
         index = torch.zeros(states.shape[0], dtype=torch.long, device=states.device)
         if attention_mask is not None:
             order = torch.arange(1, states.shape[1] + 1, device=states.device) * (attention_mask != 0)
@@ -319,11 +323,13 @@ class ZooForSequenceClassification(ZooPreTrainedModel):
 
 
 class ZooForTokenClassification(ZooPreTrainedModel):
-    """Token ids `[B, T]` -> logits `[B, T, num_labels]`."""
+    """Token ids `[B, T]` -> logits `[B, T, num_labels]`, with `config.token_classifier_args` behind a `Transform`."""
 
     def __init__(self, config: ZooConfig):
         super().__init__(config)
         self.model = self._base(config)
+        own = config.token_classifier_args is not None
+        self.classifier = Transform(config, **config.token_classifier_args) if own else nn.Identity()
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -333,7 +339,7 @@ class ZooForTokenClassification(ZooPreTrainedModel):
     ) -> TokenClassifierOutput:
         """Logits of every token; `labels` `[B, T]` with -100 ignored."""
         out = self.model(input_ids, attention_mask, use_cache=False, return_dict=True, **_without(kwargs))
-        logits = self.score(out.last_hidden_state)
+        logits = self.score(self.classifier(out.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
