@@ -95,6 +95,16 @@ RULES = (
 )
 
 
+FORGETS = ("mamba_n_heads", "num_logits_to_keep", "z_loss_coefficient")  # the first is the inner width by the head's
+SMALL = {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+TRIALS = {
+    "plain": SMALL | {"mamba_n_groups": 2},
+    "biased": SMALL | {"mamba_proj_bias": True, "attention_bias": True, "mlp_bias": True, "mamba_n_groups": 1},
+    "tied": SMALL
+    | {"attn_layer_indices": [0], "mamba_n_groups": 2, "tie_word_embeddings": True, "mamba_conv_bias": False, "mamba_d_conv": 3},
+}
+
+
 register(
     "bamba",
     config=BambaConfig,
@@ -110,5 +120,5 @@ register(
             hidden_size=4096, num_hidden_layers=32, intermediate_size=14336, vocab_size=128256, attention_layers=[9, 18, 27],
         ),
     },
-    layouts=(Layout("bamba", ("bamba",), from_foreign, to_foreign, RULES),),
+    layouts=(Layout("bamba", ("bamba",), from_foreign, to_foreign, RULES, trials=TRIALS, forgets=FORGETS),),
 )  # fmt: skip

@@ -100,7 +100,16 @@ RULES = (
     rename("score.{weight,bias}", "score.{weight,bias}"),
 )
 ALIASES = (("backbone.embedding.weight", "backbone.embeddings.weight"),)
-MAMBA2 = Layout("mamba2", ("mamba2",), from_mamba2, to_mamba2, RULES, prefix="backbone.", aliases=ALIASES)
+FORGETS = ("time_step_floor", "rescale_prenorm_residual", "residual_in_fp32", "num_heads", "time_step_rank")
+SMALL = {"hidden_size": 36, "num_heads": 6, "head_dim": 12, "state_size": 5, "chunk_size": 8}
+TRIALS = {
+    "plain": SMALL | {"n_groups": 3},
+    "biased": SMALL | {"n_groups": 1, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "time_step_min": 1e-2},
+    "tied": SMALL | {"n_groups": 2, "tie_word_embeddings": True, "layer_norm_epsilon": 1e-3},
+}
+MAMBA2 = Layout(
+    "mamba2", ("mamba2",), from_mamba2, to_mamba2, RULES, prefix="backbone.", aliases=ALIASES, trials=TRIALS, forgets=FORGETS
+)
 FLA = fla_layout(
     "mamba2",
     "Mamba2",

@@ -150,7 +150,8 @@ def to_rwkv(config: RWKV4Config) -> dict:
 
 
 RWKV = Layout(
-    "rwkv", ("rwkv",), from_rwkv, to_rwkv, prefix="rwkv.",
+    "rwkv", ("rwkv",), from_rwkv, to_rwkv, prefix="rwkv.", forgets=("context_length", "rescale_every"),
+    trials={"plain": {}, "tied": {"intermediate_size": 40, "tie_word_embeddings": True}, "default": {"intermediate_size": None}},
     rules=(
         rename("rwkv.embeddings.weight", "model.embed_tokens.weight"),
         rename("rwkv.blocks.0.pre_ln.{weight,bias}", "model.embed_norm.{weight,bias}"),

@@ -141,6 +141,11 @@ LAYOUT = Layout(
         rename("lm_head.weight", "lm_head.weight"),
         rename("score.{weight,bias}", "score.{weight,bias}"),
     ),
+    forgets=(  # kernels and their dtypes, and what is written as what it amounts to
+        "mode", "chunkwise_kernel", "sequence_kernel", "step_kernel", "autocast_kernel_dtype", "inference_state_dtype",
+        "max_inference_chunksize", "norm_reduction_force_float32", "return_last_states", "ffn_proj_factor",
+        "ffn_round_up_to_multiple_of", "tie_word_embeddings",
+    ),
     trials={  # its cache takes the widths of q, k and v for multiples of 64
         "plain": {"hidden_size": 128, "chunk_size": 16},
         "odd": {"hidden_size": 128, "num_heads": 2, "ffn_round_up_to_multiple_of": 1, "ffn_proj_factor": 1.3, "tie_word_embeddings": True},
