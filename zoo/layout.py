@@ -86,6 +86,23 @@ def interleave(foreign: str, own: list[str], groups: Callable[[ZooConfig], int])
     return Rule((Pattern(foreign),), tuple(map(Pattern, own)), to_own, to_foreign)
 
 
+def stack(foreign: str, own: list[list[str]]) -> Rule:
+    """One foreign tensor is a stack of ours: its row i holds those of `own[i]`, end to end."""
+    flat = [name for row in own for name in row]
+
+    def to_own(x: list[Tensor], shapes: list[Size], config: ZooConfig):
+        sizes = [shape[0] for shape in shapes[: len(own[0])]]
+        if list(x[0].shape[:2]) != [len(own), sum(sizes)]:
+            raise ValueError(f"it is {list(x[0].shape)}, but {len(own)} rows have parts of {sizes}")
+        return [part.clone() for row in x[0] for part in row.split(sizes)]
+
+    def to_foreign(x: list[Tensor], config: ZooConfig):
+        width = len(own[0])
+        return [torch.stack([torch.cat(x[first : first + width]) for first in range(0, len(x), width)])]
+
+    return Rule((Pattern(foreign),), tuple(map(Pattern, flat)), to_own, to_foreign)
+
+
 def within(mixer: str, *rules: Rule) -> tuple[Rule, ...]:
     """Rules for the layers with this mixer alone, in a model with several kinds."""
     return tuple(replace(rule, mixer=mixer) for rule in rules)

@@ -1,5 +1,7 @@
 """What transformers' configs call the fields of ours that mean the same, for the layouts of several families."""
 
+import math
+
 from zoo.config import ZooConfig
 from zoo.layers import check_rope_scaling
 from zoo.layout import Rule, rename
@@ -30,11 +32,22 @@ def same_fields(source: dict | ZooConfig, *, but: tuple[str, ...] = ()) -> dict:
     return {name: source[name] if isinstance(source, dict) else getattr(source, name) for name in names}
 
 
+def inner_size(config: ZooConfig) -> int:
+    """Width inside a gated MLP, which our configs may leave to its rule."""
+    return config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64
+
+
 def expect(foreign: dict, **values) -> None:
     """Raise ValueError unless the foreign config has these values, the only ones we can express."""
     for name, value in values.items():
         if foreign.get(name, value) != value:
             raise ValueError(f"a {foreign['model_type']} with {name}={foreign[name]!r} is not supported, only {name}={value!r}")
+
+
+def expect_free_steps(foreign: dict) -> None:
+    """Raise ValueError if Mamba-2's time steps have limits other than those of a softplus."""
+    if tuple(map(float, foreign["time_step_limit"])) != (0.0, math.inf):
+        raise ValueError(f"time_step_limit {foreign['time_step_limit']} is not supported, only none, which is (0.0, inf)")
 
 
 def own_activation(name: str) -> str:
