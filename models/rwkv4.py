@@ -19,12 +19,14 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.fla import layer
 from zoo.kernels.packing import Packing
 from zoo.kernels.scan import flops
 from zoo.layers import orthogonal, token_positions, token_shift, wide
-from zoo.layout import Layout, mapped, rename
+from zoo.layout import Layout, rename
 from zoo.mixer import Mixer, State
 from zoo.registry import register
+from zoo.rwkv import BLOCK, as_vector, channel_mixes, file_layout
 from zoo.terms import COMMON
 
 NOTHING = -1e38  # the maximum of no keys: finite, so that differences are, and below any key
@@ -157,14 +159,8 @@ RWKV = Layout(
         rename("rwkv.blocks.0.pre_ln.{weight,bias}", "model.embed_norm.{weight,bias}"),
         rename("rwkv.blocks.{}.ln{1,2}.{weight,bias}", "model.layers.{}.{mixer,channel}_norm.{weight,bias}"),
         rename("rwkv.blocks.{}.attention.time_{decay,first}", "model.layers.{}.mixer.{decay,bonus}"),
-        mapped(
-            "rwkv.blocks.{}.attention.time_mix_{key,value,receptance}", "model.layers.{}.mixer.{key,value,receptance}_mix",
-            lambda x: x.flatten(), lambda x: x[None, None],
-        ),
-        mapped(
-            "rwkv.blocks.{}.feed_forward.time_mix_{key,receptance}", "model.layers.{}.channel_mixer.{key,receptance}_mix",
-            lambda x: x.flatten(), lambda x: x[None, None],
-        ),
+        as_vector("rwkv.blocks.{}.attention.time_mix_{key,value,receptance}", "model.layers.{}.mixer.{key,value,receptance}_mix"),
+        as_vector("rwkv.blocks.{}.feed_forward.time_mix_{key,receptance}", "model.layers.{}.channel_mixer.{key,receptance}_mix"),
         rename(
             "rwkv.blocks.{}.attention.{key,value,receptance,output}.weight", "model.layers.{}.mixer.{key,value,receptance,output}.weight"
         ),
@@ -176,44 +172,17 @@ RWKV = Layout(
 )  # fmt: skip
 
 
-def read_pth(foreign: dict) -> dict:
-    """Our fields for the shapes of the tensors in a file of the authors. Token 0 ends a text."""
-    shapes = foreign["tensors"]
-    vocabulary, width = shapes["emb.weight"]
-    layers, inner = sum(name.endswith(".ln1.weight") for name in shapes), shapes["blocks.0.ffn.key.weight"][0]
-    sizes = {"vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers, "intermediate_size": inner}
-    return sizes | {"bos_token_id": 0, "eos_token_id": 0}
-
-
-def is_pth(foreign: dict) -> bool:
+def is_file(shapes: dict) -> bool:
     """Whether these are the tensors of this version; the next one has a norm over each head."""
-    shapes = foreign.get("tensors", ())
     return "blocks.0.att.time_mix_k" in shapes and "blocks.0.att.ln_x.weight" not in shapes
 
 
-PTH = Layout(
-    "rwkv4-pth", (), read_pth, lambda config: {}, prefix="", file="rwkv4.pth",
-    matches=is_pth,
-    complete=dict,
-    rules=(
-        rename("emb.weight", "model.embed_tokens.weight"),
-        rename("blocks.0.ln0.{weight,bias}", "model.embed_norm.{weight,bias}"),
-        rename("blocks.{}.ln{1,2}.{weight,bias}", "model.layers.{}.{mixer,channel}_norm.{weight,bias}"),
-        rename("blocks.{}.att.time_{decay,first}", "model.layers.{}.mixer.{decay,bonus}"),
-        mapped(
-            "blocks.{}.att.time_mix_{k,v,r}", "model.layers.{}.mixer.{key,value,receptance}_mix", torch.flatten, lambda x: x[None, None],
-        ),
-        mapped(
-            "blocks.{}.ffn.time_mix_{k,r}", "model.layers.{}.channel_mixer.{key,receptance}_mix", torch.flatten,
-            lambda x: x[None, None],
-        ),
-        rename("blocks.{}.att.{key,value,receptance,output}.weight", "model.layers.{}.mixer.{key,value,receptance,output}.weight"),
-        rename("blocks.{}.ffn.{key,value,receptance}.weight", "model.layers.{}.channel_mixer.{key,value,receptance}.weight"),
-        rename("ln_out.{weight,bias}", "model.norm.{weight,bias}"),
-        rename("head.weight", "lm_head.weight"),
-        rename("score.{weight,bias}", "score.{weight,bias}"),
-    ),
-)  # fmt: skip
+FILE = (
+    layer("att.time_{decay,first}", "mixer.{decay,bonus}", BLOCK),
+    as_vector(BLOCK + "att.time_mix_{k,v,r}", "model.layers.{}.mixer.{key,value,receptance}_mix"),
+    layer("att.{key,value,receptance,output}.weight", "mixer.{key,value,receptance,output}.weight", BLOCK),
+    channel_mixes("time_mix"),
+)
 
 register(
     "rwkv4",
@@ -230,5 +199,5 @@ register(
         "7b": dict(hidden_size=4096, num_hidden_layers=32),
         "14b": dict(hidden_size=5120, num_hidden_layers=40),
     },
-    layouts=(RWKV, PTH),
+    layouts=(RWKV, file_layout("rwkv4", is_file, lambda shapes: {}, FILE)),
 )

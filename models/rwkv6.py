@@ -23,9 +23,10 @@ from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
 from zoo.layers import GatedNorm, LowRank, merge_heads, split_heads, token_shift, wide
-from zoo.layout import Layout, Pattern, Rule, mapped, rename, transpose
+from zoo.layout import Pattern, Rule, mapped, transpose
 from zoo.mixer import Mixer, State
 from zoo.registry import register
+from zoo.rwkv import BLOCK, as_vector, channel_mixes, file_layout, initial_bonus, initial_decay
 
 
 @strict
@@ -86,13 +87,10 @@ class RWKV6Mixer(Mixer):
             init.copy_(up.bias, 1 - power)
             init.uniform_(up.weight, -0.01, 0.01)
         init.zeros_(self.mix_down.weight)
-        channel = torch.arange(self.width)
-        ramp = channel / (self.width - 1)
         init.zeros_(self.decay_proj.down.weight)
         init.uniform_(self.decay_proj.up.weight, -0.01, 0.01)
-        init.copy_(self.decay_proj.up.bias, -6 + 5 * ramp ** (0.7 + 1.3 * rise))
-        zigzag = 0.1 * ((channel + 1) % 3 - 1)
-        init.copy_(self.bonus, (rise * (1 - ramp) + zigzag).view(self.heads, self.keys))
+        init.copy_(self.decay_proj.up.bias, initial_decay(self.width, self.layer, self.depth))
+        init.copy_(self.bonus, initial_bonus(self.width, self.layer, self.depth).view(self.heads, self.keys))
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         memory = torch.zeros(batch, self.heads, self.keys, self.keys, dtype=accumulator(dtype), device=device)
@@ -182,52 +180,32 @@ FLA = fla_layout(
 )  # fmt: skip
 
 
-def read_pth(foreign: dict) -> dict:
-    """Our fields for the shapes of the tensors in a file of the authors. Token 0 ends a text."""
-    shapes = foreign["tensors"]
-    vocabulary, width = shapes["emb.weight"]
+def read_file(shapes: dict) -> dict:
+    """The size of the heads and the ranks."""
     attention = "blocks.0.att."
     return {
-        "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": sum(name.endswith(".ln1.weight") for name in shapes),
-        "intermediate_size": shapes["blocks.0.ffn.key.weight"][0], "head_dim": shapes[attention + "time_faaaa"][1],
-        "mix_rank": shapes[attention + "time_maa_w2"][1], "decay_rank": shapes[attention + "time_decay_w2"][0],
-        "bos_token_id": 0, "eos_token_id": 0,
+        "head_dim": shapes[attention + "time_faaaa"][1], "mix_rank": shapes[attention + "time_maa_w2"][1],
+        "decay_rank": shapes[attention + "time_decay_w2"][0],
     }  # fmt: skip
 
 
-BLOCK = "blocks.{}."
-PTH = Layout(
-    "rwkv6-pth", (), read_pth, lambda config: {}, prefix="", file="rwkv6.pth",
-    matches=lambda foreign: "blocks.0.att.time_maa_w2" in foreign.get("tensors", ()),
-    complete=dict,
-    rules=(
-        rename("emb.weight", "model.embed_tokens.weight"),
-        rename("blocks.0.ln0.{weight,bias}", "model.embed_norm.{weight,bias}"),
-        layer("ln{1,2}.{weight,bias}", "{mixer,channel}_norm.{weight,bias}", BLOCK),
-        layer("att.{receptance,key,value,gate,output}.weight", "mixer.{r,k,v,gate,out}_proj.weight", BLOCK),
-        layer("att.time_faaaa", "mixer.bonus", BLOCK),
-        layer("att.ln_x.{weight,bias}", "mixer.norm.{weight,bias}", BLOCK),
-        mapped(BLOCK + "att.time_maa_x", "model.layers.{}.mixer.mix", torch.flatten, lambda x: x[None, None]),
-        *(
-            mapped(f"{BLOCK}att.time_maa_{letter}", name + ".bias", torch.flatten, lambda x: x[None, None])
-            for letter, name in zip("wkvrg", FIVE, strict=True)
-        ),
-        transpose(BLOCK + "att.time_maa_w1", "model.layers.{}.mixer.mix_down.weight"),
-        low_ranks(
-            BLOCK + "att.time_maa_w2", [name + ".weight" for name in FIVE],
-            lambda x: [part.t().contiguous() for part in x], lambda x: torch.stack([part.t() for part in x]),
-        ),
-        mapped(BLOCK + "att.time_decay", "model.layers.{}.mixer.decay_proj.up.bias", torch.flatten, lambda x: x[None, None]),
-        transpose(BLOCK + "att.time_decay_w{1,2}", "model.layers.{}.mixer.decay_proj.{down,up}.weight"),
-        mapped(
-            BLOCK + "ffn.time_maa_{k,r}", "model.layers.{}.channel_mixer.{key,receptance}_mix", torch.flatten, lambda x: x[None, None],
-        ),
-        layer("ffn.{key,receptance,value}.weight", "channel_mixer.{key,receptance,value}.weight", BLOCK),
-        rename("ln_out.{weight,bias}", "model.norm.{weight,bias}"),
-        rename("head.weight", "lm_head.weight"),
-        rename("score.{weight,bias}", "score.{weight,bias}"),
+ATTENTION, MIXER = BLOCK + "att.", "model.layers.{}.mixer."
+FILE = (
+    layer("{receptance,key,value,gate,output}.weight", "mixer.{r,k,v,gate,out}_proj.weight", ATTENTION),
+    layer("time_faaaa", "mixer.bonus", ATTENTION),
+    layer("ln_x.{weight,bias}", "mixer.norm.{weight,bias}", ATTENTION),
+    as_vector(ATTENTION + "time_maa_x", MIXER + "mix"),
+    *(as_vector(f"{ATTENTION}time_maa_{letter}", name + ".bias") for letter, name in zip("wkvrg", FIVE, strict=True)),
+    transpose(ATTENTION + "time_maa_w1", MIXER + "mix_down.weight"),
+    low_ranks(
+        ATTENTION + "time_maa_w2", [name + ".weight" for name in FIVE],
+        lambda x: [part.t().contiguous() for part in x], lambda x: torch.stack([part.t() for part in x]),
     ),
+    as_vector(ATTENTION + "time_decay", MIXER + "decay_proj.up.bias"),
+    transpose(ATTENTION + "time_decay_w{1,2}", MIXER + "decay_proj.{down,up}.weight"),
+    channel_mixes("time_maa"),
 )  # fmt: skip
+PTH = file_layout("rwkv6", lambda shapes: "blocks.0.att.time_maa_w2" in shapes, read_file, FILE)
 
 
 register(

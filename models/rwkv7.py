@@ -25,9 +25,10 @@ from zoo.fla import RWKV_SHELL, fla_layout, layer, rounded_up
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
 from zoo.layers import GatedNorm, LowRank, merge_heads, orthogonal, split_heads, token_shift, unit_length, wide
-from zoo.layout import Layout, drop, mapped, rename, transpose
+from zoo.layout import drop, transpose
 from zoo.mixer import Mixer, State, Traits
 from zoo.registry import register
+from zoo.rwkv import BLOCK, as_vector, file_layout
 
 DECAY = math.exp(-0.5)  # the fastest log-decay of a channel
 SHIFTS = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}  # what reads a mixture -> exponent at initialisation
@@ -159,11 +160,6 @@ def write_fla(config: RWKV7Config) -> dict:
     }  # fmt: skip
 
 
-def as_vector(foreign: str, own: str):
-    """A rule for a vector stored as `[1, 1, D]`."""
-    return mapped(foreign, own, torch.flatten, lambda x: x[None, None])
-
-
 LORA = "{0.weight,2.weight,2.bias}", "{down.weight,up.weight,up.bias}"
 FLA = fla_layout(
     "rwkv7",
@@ -193,42 +189,26 @@ FLA = fla_layout(
 )  # fmt: skip
 
 
-def read_pth(foreign: dict) -> dict:
-    """Our fields for the shapes of the tensors in a file of the authors. Token 0 ends a text."""
-    shapes = foreign["tensors"]
-    vocabulary, width = shapes["emb.weight"]
+def read_file(shapes: dict) -> dict:
+    """The size of the heads and the ranks."""
     ranks = {"decay_rank": "w2", "rate_rank": "a2", "value_rank": "v2", "gate_rank": "g2"}
-    return {
-        "vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": sum(name.endswith(".ln1.weight") for name in shapes),
-        "intermediate_size": shapes["blocks.0.ffn.key.weight"][0], "head_dim": shapes["blocks.0.att.r_k"][1],
-        "bos_token_id": 0, "eos_token_id": 0,
-    } | {own: next((s[0] for n, s in shapes.items() if n.endswith(f".att.{name}")), None) for own, name in ranks.items()}  # fmt: skip
+    fields = {own: next((s[0] for n, s in shapes.items() if n.endswith(f".att.{name}")), None) for own, name in ranks.items()}
+    return fields | {"head_dim": shapes["blocks.0.att.r_k"][1]}
 
 
-BLOCK, MIXER = "blocks.{}.att.", "model.layers.{}.mixer."
-PTH = Layout(
-    "rwkv7-pth", (), read_pth, lambda config: {}, prefix="", file="rwkv7.pth",
-    matches=lambda foreign: "blocks.0.att.x_a" in foreign.get("tensors", ()),
-    complete=dict,
-    rules=(
-        rename("emb.weight", "model.embed_tokens.weight"),
-        rename("blocks.0.ln0.{weight,bias}", "model.embed_norm.{weight,bias}"),
-        layer("ln{1,2}.{weight,bias}", "{mixer,channel}_norm.{weight,bias}", "blocks.{}."),
-        layer("{receptance,key,value,output}.weight", "mixer.{r,k,v,out}_proj.weight", BLOCK),
-        layer("ln_x.{weight,bias}", "mixer.norm.{weight,bias}", BLOCK),
-        as_vector(BLOCK + "x_{r,w,k,v,a,g}", MIXER + "shift_mix.{r,w,k,v,a,g}"),
-        as_vector(BLOCK + "{k_k,k_a}", MIXER + "{k_k,k_a}"),
-        layer("r_k", "mixer.r_k", BLOCK),
-        as_vector(BLOCK + "{w,a,v}0", MIXER + "{decay,rate,residual}_proj.up.bias"),
-        transpose(BLOCK + "{w,a,v,g}{1,2}", MIXER + "{decay,rate,residual,gate}_proj.{down,up}.weight"),
-        drop("blocks.0.att.v{0,1,2}", "the first layer has no earlier values to mix in"),
-        as_vector("blocks.{}.ffn.x_k", "model.layers.{}.channel_mixer.key_mix"),
-        layer("ffn.{key,value}.weight", "channel_mixer.{key,value}.weight", "blocks.{}."),
-        rename("ln_out.{weight,bias}", "model.norm.{weight,bias}"),
-        rename("head.weight", "lm_head.weight"),
-        rename("score.{weight,bias}", "score.{weight,bias}"),
-    ),
-)  # fmt: skip
+ATTENTION, MIXER = BLOCK + "att.", "model.layers.{}.mixer."
+FILE = (
+    layer("{receptance,key,value,output}.weight", "mixer.{r,k,v,out}_proj.weight", ATTENTION),
+    layer("ln_x.{weight,bias}", "mixer.norm.{weight,bias}", ATTENTION),
+    as_vector(ATTENTION + "x_{r,w,k,v,a,g}", MIXER + "shift_mix.{r,w,k,v,a,g}"),
+    as_vector(ATTENTION + "{k_k,k_a}", MIXER + "{k_k,k_a}"),
+    layer("r_k", "mixer.r_k", ATTENTION),
+    as_vector(ATTENTION + "{w,a,v}0", MIXER + "{decay,rate,residual}_proj.up.bias"),
+    transpose(ATTENTION + "{w,a,v,g}{1,2}", MIXER + "{decay,rate,residual,gate}_proj.{down,up}.weight"),
+    drop("blocks.0.att.v{0,1,2}", "the first layer has no earlier values to mix in"),
+    as_vector(BLOCK + "ffn.x_k", "model.layers.{}.channel_mixer.key_mix"),
+)
+PTH = file_layout("rwkv7", lambda shapes: "blocks.0.att.x_a" in shapes, read_file, FILE)
 
 
 register(

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_layout_hybrids import assert_parity
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig, RwkvConfig
 
 import zoo
@@ -144,6 +145,12 @@ def rwkv4_keys() -> dict:
     return rwkv_keys(mixes | {"time_decay": (D,), "time_first": (D,)}, channel, 4 * D)
 
 
+def rwkv5_keys() -> dict:
+    attention = {f"time_mix_{name}": (1, 1, D) for name in "rkvg"} | {"time_decay": (2, D // 2), "time_faaaa": (2, D // 2)}
+    attention |= {"gate.weight": (D, D), "ln_x.weight": (D,), "ln_x.bias": (D,)}
+    return rwkv_keys(attention, {f"time_mix_{name}": (1, 1, D) for name in "kr"} | {"receptance.weight": (D, D)}, 56)
+
+
 def rwkv6_keys() -> dict:
     attention = {f"time_maa_{name}": (1, 1, D) for name in "xwkvrg"} | {"time_maa_w1": (D, 15), "time_maa_w2": (5, 3, D)}
     attention |= {"time_decay": (1, 1, D), "time_decay_w1": (D, 6), "time_decay_w2": (6, D), "time_faaaa": (2, D // 2)}
@@ -159,7 +166,7 @@ def rwkv7_keys() -> dict:
     return rwkv_keys(attention, {"x_k": (1, 1, D)}, 4 * D)
 
 
-RWKV = {"rwkv4": rwkv4_keys, "rwkv6": rwkv6_keys, "rwkv7": rwkv7_keys}
+RWKV = {"rwkv4": rwkv4_keys, "rwkv5": rwkv5_keys, "rwkv6": rwkv6_keys, "rwkv7": rwkv7_keys}
 UNUSED = {"rwkv7": {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"}}  # the first layer's
 
 
@@ -214,6 +221,54 @@ def test_rwkv4_equals_transformers(tmp_path):
 
     model.load_state_dict({rename(name): tensor for name, tensor in tensors.items()})
     assert_parity(zoo.from_pretrained(tmp_path / "model.pth")(ids()[:1]).logits, model(ids()[:1]).logits)
+
+
+def rwkv5(tensors: dict, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of one text, token after token, by the formulas of Eagle (arXiv:2404.05892, section 4.1)."""
+
+    def norm(x, name, groups=1, eps=1e-5):
+        return F.group_norm(x[None], groups, tensors[name + ".weight"], tensors[name + ".bias"], eps)[0]
+
+    before, memory, logits = {}, {i: torch.zeros(2, D // 2, D // 2) for i in range(L)}, []
+    for token in tokens:
+        x = norm(tensors["emb.weight"][token], "blocks.0.ln0")
+        for i in range(L):
+            mine = {name.removeprefix(f"blocks.{i}."): t for name, t in tensors.items() if name.startswith(f"blocks.{i}.")}
+            for part, letters, place in (("att", "rkvg", "ln1"), ("ffn", "kr", "ln2")):
+                now = norm(x, f"blocks.{i}.{place}")
+                old = before.get((i, part), torch.zeros(D))
+                before[i, part] = now
+                mixed = {n: torch.lerp(old, now, mine[f"{part}.time_mix_{n}"].flatten()) for n in letters}
+                r, k = (mine[f"{part}.{long}.weight"] @ mixed[long[0]] for long in ("receptance", "key"))
+                if part == "ffn":
+                    x = x + r.sigmoid() * (mine["ffn.value.weight"] @ k.relu().square())
+                    continue
+                v, gate = mine["att.value.weight"] @ mixed["v"], F.silu(mine["att.gate.weight"] @ mixed["g"])
+                r, k, v = (t.view(2, D // 2) for t in (r, k, v))
+                write = k[:, :, None] * v[:, None]
+                out = torch.einsum("hk,hkv->hv", r, memory[i] + mine["att.time_faaaa"][:, :, None] * write)
+                memory[i] = (-mine["att.time_decay"].exp()).exp()[:, :, None] * memory[i] + write
+                x = x + mine["att.output.weight"] @ (gate * norm(out.flatten() / 8, f"blocks.{i}.att.ln_x", groups=2))
+        logits.append(tensors["head.weight"] @ norm(x, "ln_out"))
+    return torch.stack(logits)
+
+
+@torch.no_grad()
+def test_rwkv5_equals_its_formulas(tmp_path):
+    tensors = drawn(rwkv5_keys())
+    torch.save(tensors, tmp_path / "model.pth")
+    assert_parity(zoo.from_pretrained(tmp_path / "model.pth")(ids()[:1]).logits[0], rwkv5(tensors, ids()[0]))
+
+
+def test_earlier_versions_of_rwkv5_are_refused(tmp_path):
+    tensors = drawn(rwkv5_keys())
+    whole = {name: tensor[:, :1] if name.endswith(("decay", "faaaa")) else tensor for name, tensor in tensors.items()}
+    torch.save(whole, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"RWKV-5\.1, whose 2 heads decay as a whole"):
+        zoo.from_pretrained(tmp_path / "model.pth")
+    torch.save({name: tensor for name, tensor in tensors.items() if "gate" not in name}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"RWKV-5\.0, which has no gate"):
+        zoo.from_pretrained(tmp_path / "model.pth")
 
 
 @pytest.mark.parametrize("name", ["rwkv6", "rwkv7"])
