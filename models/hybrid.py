@@ -138,6 +138,7 @@ SAMBA = fla_layout(
     write=write_samba,
     mlp=False,
     prefix="backbone.",
+    trials={"plain": {"state_size": 4, "attn": EVERY_OTHER | {"layers": [1], "num_heads": 4, "num_kv_heads": 2, "window_size": 5}}},
 )  # fmt: skip
 
 

@@ -150,6 +150,7 @@ FLA = fla_layout(
     },
     read=read_fla,
     write=lambda config: {"feature_map": {own: name for name, own in MAPS.items()}.get(config.feature_map)},
+    trials={"learned": {}, "elu": {"num_heads": 2, "feature_map": "elu", "norm_feature_map": True}},
 )  # fmt: skip
 
 

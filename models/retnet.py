@@ -107,6 +107,7 @@ LAYOUTS = (
         },
         read=lambda foreign: {"rope_inclusive": False},
         aliases=(UNFUSED,),
+        trials={"plain": {"num_heads": 4, "expand_v": 1.5}, "weightless": {"num_heads": 2, "elementwise_affine": False}},
     ),
 )  # fmt: skip
 

@@ -177,6 +177,7 @@ FLA = fla_layout(
     read=read_fla,
     write=write_fla,
     mlp=False,
+    trials={"plain": {"num_heads": 2, "expand_k": 1.0, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}},
 )  # fmt: skip
 
 

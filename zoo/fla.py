@@ -183,4 +183,4 @@ def shared_bounds(config: ZooConfig) -> Rule:
             raise ValueError("the lower bounds fall from one layer to the next; a shared table can only let them grow")
         return [shares.clamp_min(torch.finfo(torch.float32).tiny).log().to(x[0].dtype)]
 
-    return Rule((Pattern(table),), tuple(map(Pattern, own)), to_own, to_foreign)
+    return Rule((Pattern(table),), tuple(map(Pattern, own)), to_own, to_foreign, exact=False)

@@ -53,6 +53,7 @@ class Rule:
         to_own: (foreign tensors, shapes of the own ones, config) -> own tensors; to_foreign: (own tensors, config) -> foreign
             tensors, its inverse. None for a rule with only one side.
         moved: the tensors are the same on both sides.
+        exact: there and back no bit changes; else what the tensors mean is kept, to rounding.
         mixer: only in layers with this mixer, the first number in the keys being the layer's; empty: in all.
         reason: why the foreign key is not needed.
     """
@@ -62,6 +63,7 @@ class Rule:
     to_own: Callable[[list[Tensor], list[Size], ZooConfig], Iterable[Tensor]] | None = None
     to_foreign: Callable[[list[Tensor], ZooConfig], Iterable[Tensor]] | None = None
     moved: bool = False
+    exact: bool = True
     mixer: str = ""
     reason: str = ""
 
