@@ -45,8 +45,10 @@ def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | Non
     config = described(weights) if alone else config | read_beside(path_or_id, config, hub)
     entry, layout = find_layout(config)
     config = with_defaults(config, layout)
-    own = entry.config(**layout.config_map(config), **{name: config[name] for name in LABELS if config.get(name) is not None})
     saved = saved_task(config)
+    if task not in (None, "base"):  # what the layout is told, as some models attend otherwise to another task
+        config["architectures"] = [layout.classes + TASKS.get(task, "")]
+    own = entry.config(**layout.config_map(config), **{name: config[name] for name in LABELS if config.get(name) is not None})
     cls = model_class(own, task or saved)
     with torch.device("meta"):
         skeleton = cls(own)
@@ -81,16 +83,16 @@ def save_foreign(model, folder: str | os.PathLike, layout: str, *, max_shard_siz
         raise ValueError(f"the layout {layout!r} cannot tell what was trained from its base model; save without delta=True")
     if alone:
         foreign = described(table.to_foreign(model.state_dict(), model))
-    table.check_expressible(model.config, with_defaults(foreign, table))
-    if table.model_types:  # other configs may hold what their library knows, and nothing else
-        foreign |= {name: getattr(model.config, name) for name in LABELS if getattr(model.config, name, None) is not None}
-        foreign["dtype"] = str(model.dtype).removeprefix("torch.")
     known = None if table.complete else config_class(foreign.get("model_type"))
     classes = known.__name__.removesuffix("Config") if known else table.classes
     if classes:
         suffix = next(suffix for suffix, cls in entry.models.items() if isinstance(model, cls))
         other = HEADS.get(foreign.get("model_type")) if known and suffix == "ForCausalLM" else None
         foreign["architectures"] = [other or classes + suffix]
+    table.check_expressible(model.config, with_defaults(foreign, table))
+    if table.model_types:  # other configs may hold what their library knows, and nothing else
+        foreign |= {name: getattr(model.config, name) for name in LABELS if getattr(model.config, name, None) is not None}
+        foreign["dtype"] = str(model.dtype).removeprefix("torch.")
     state = table.to_foreign(model.state_dict(), model)
     if delta:
         state = {name: tensor for name, tensor in state.items() if table.delta.own(name)}

@@ -55,6 +55,7 @@ class Rule:
         moved: the tensors are the same on both sides.
         exact: there and back no bit changes; else what the tensors mean is kept, to rounding.
         mixer: only in layers with this mixer, the first number in the keys being the layer's; empty: in all.
+        beside, without: only in models with, and only in models without this key of ours; empty: in all.
         reason: why the foreign key is not needed.
     """
 
@@ -65,6 +66,8 @@ class Rule:
     moved: bool = False
     exact: bool = True
     mixer: str = ""
+    beside: str = ""
+    without: str = ""
     reason: str = ""
 
     def __post_init__(self):
@@ -145,7 +148,9 @@ class Plan:
         return found[0]
 
     def _meant(self, rule: Rule, values: tuple[int, ...]) -> bool:
-        """Whether a rule that fits the key is one for its layer."""
+        """Whether a rule that fits the key is one for its layer, and for this model."""
+        if (rule.beside and rule.beside not in self.own_names) or rule.without in self.own_names:
+            return False
         return not rule.mixer or rule.mixer == self.mixers[values[0]]
 
     @cached_property

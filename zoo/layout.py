@@ -108,6 +108,11 @@ def within(mixer: str, *rules: Rule) -> tuple[Rule, ...]:
     return tuple(replace(rule, mixer=mixer) for rule in rules)
 
 
+def depending(key: str, present: Rule, absent: Rule) -> tuple[Rule, Rule]:
+    """The first rule for models that have this key of ours, the second for those that do not."""
+    return replace(present, beside=key), replace(absent, without=key)
+
+
 def squeeze(foreign: str, own: str) -> Rule:
     """The weight of a depthwise convolution, `[D, 1, W]` there and `[D, W]` here; its bias under the same rule stays as it is."""
     return mapped(foreign, own, lambda x: x.squeeze(1) if x.ndim == 3 else x, lambda x: x.unsqueeze(1) if x.ndim == 2 else x)

@@ -4,7 +4,7 @@ import math
 
 from zoo.config import ZooConfig
 from zoo.layers import check_rope_scaling
-from zoo.layout import Rule, rename
+from zoo.layout import Pattern, Rule, depending, drop, rename
 
 COMMON = (
     "vocab_size", "hidden_size", "num_hidden_layers", "initializer_range", "tie_word_embeddings", "use_cache", "pad_token_id",
@@ -27,6 +27,56 @@ def shell(norm: str = "norm") -> tuple[Rule, ...]:
 
 
 def same_fields(source: dict | ZooConfig, *, but: tuple[str, ...] = ()) -> dict:
+def bert_body(prefix: str, norm: str = "attention.output.LayerNorm") -> tuple[Rule, ...]:
+    """Rules for the embeddings, norms and channel mixers of an encoder laid out like BERT's; `norm`: that of the mixers."""
+    layer, own = prefix + "encoder.layer.{}.", "model.layers.{}."
+    return (
+        rename(prefix + "embeddings.{word,position,token_type}_embeddings.weight", "model.embed_{tokens,positions,types}.weight"),
+        rename(prefix + "embeddings.LayerNorm.{weight,bias}", "model.embed_norm.{weight,bias}"),
+        rename(layer + norm + ".{weight,bias}", own + "mixer_norm.{weight,bias}"),
+        rename(layer + "output.LayerNorm.{weight,bias}", own + "channel_norm.{weight,bias}"),
+        rename(layer + "{intermediate,output}.dense.{weight,bias}", own + "channel_mixer.{up,down}_proj.{weight,bias}"),
+        drop(prefix + "embeddings.{position_ids,token_type_ids}", "counts and zeros, which are made as they are needed"),
+    )
+
+
+def bert_attention(prefix: str) -> tuple[Rule, ...]:
+    """Rules for its projections."""
+    layer, own = prefix + "encoder.layer.{}.attention.", "model.layers.{}.mixer."
+    return (
+        rename(layer + "self.{query,key,value}.{weight,bias}", own + "{q,k,v}_proj.{weight,bias}"),
+        rename(layer + "output.dense.{weight,bias}", own + "out_proj.{weight,bias}"),
+    )
+
+
+def bert_decoder(tied: bool, dense: str, norm: str, decoder: str, bias: str) -> tuple[Rule, ...]:
+    """Rules for its head of masked language models. The decoder's bias is stored as `bias`; untied it is stored under both names."""
+    if tied:
+        last = rename(bias, "lm_head.bias"), drop(decoder + ".bias", "stored as the bias of the head")
+    else:
+        own = (Pattern(decoder + ".bias"), Pattern(bias)), (Pattern("lm_head.bias"),)
+        last = (Rule(*own, lambda x, shapes, config: x[:1], lambda x, config: [x[0], x[0].clone()]),)
+    return (
+        rename(dense + ".{weight,bias}", "head.dense.{weight,bias}"),
+        rename(norm + ".{weight,bias}", "head.norm.{weight,bias}"),
+        rename(decoder + ".weight", "lm_head.weight"),
+        *last,
+    )
+
+
+def bert_classifiers() -> tuple[Rule, ...]:
+    """Rules for heads that classify sequences through a dense layer, or tokens without."""
+    first = "classifier.dense.weight"
+    return (
+        rename("classifier.dense.{weight,bias}", "classifier.dense.{weight,bias}"),
+        *depending(
+            first,
+            rename("classifier.out_proj.{weight,bias}", "score.{weight,bias}"),
+            rename("classifier.{weight,bias}", "score.{weight,bias}"),
+        ),
+    )
+
+
     """The fields both sides call alike, of a foreign config or of ours, `but` for those that these do not share."""
     names = [name for name in SAME if name not in but]
     return {name: source[name] if isinstance(source, dict) else getattr(source, name) for name in names}
@@ -57,9 +107,10 @@ def own_activation(name: str) -> str:
     return ACTIVATIONS[name]
 
 
-def foreign_activation(name: str) -> str:
-    """The inverse."""
-    return {own: theirs for theirs, own in ACTIVATIONS.items()}[name]
+def foreign_activation(name: str, *, dated: bool = False) -> str:
+    """The inverse. `dated`: GELU's approximation goes by the name that GPT-2 and its contemporaries know."""
+    known = {own: theirs for theirs, own in ACTIVATIONS.items()} | ({"gelu_tanh": "gelu_new"} if dated else {})
+    return known[name]
 
 
 def rope_fields(foreign: dict) -> dict:
