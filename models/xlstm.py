@@ -146,8 +146,8 @@ LAYOUT = Layout(
         "max_inference_chunksize", "norm_reduction_force_float32", "return_last_states", "ffn_proj_factor",
         "ffn_round_up_to_multiple_of", "tie_word_embeddings",
     ),
-    trials={  # its cache takes the widths of q, k and v for multiples of 64
-        "plain": {"hidden_size": 128, "chunk_size": 16},
+    trials={  # its cache takes the widths of q, k and v for multiples of 64; its chunks of 64 know float32 only
+        "plain": {"hidden_size": 128},
         "odd": {"hidden_size": 128, "num_heads": 2, "ffn_round_up_to_multiple_of": 1, "ffn_proj_factor": 1.3, "tie_word_embeddings": True},
         "capped": {"hidden_size": 128, "num_heads": 4, "qk_dim_factor": 1.0, "v_dim_factor": 1.5, "output_logit_soft_cap": 2.0,
                    "gate_soft_cap": 5.0, "norm_eps": 1e-3},
