@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from zoo.config import ZooConfig
 from zoo.layout import Layout, rename, squeeze, within
 from zoo.registry import get, register
-from zoo.terms import expect, rope_fields, rope_parameters, same_fields, shell
+from zoo.terms import expect, expect_free_steps, rope_fields, rope_parameters, same_fields, shell
 
 ATTENTION = dict(num_heads=32, num_kv_heads=8, rope_theta=10000.0, rope_fraction=0.5, rope_scaling=None, qkv_bias=False, out_bias=False)
 MAMBA = dict(expand=2.0, head_dim=64, state_size=128, num_groups=1, conv_kernel=4, conv_bias=True, bias=False)
@@ -38,8 +38,7 @@ class BambaConfig(ZooConfig):
 def from_foreign(foreign: dict) -> dict:
     """Our fields."""
     expect(foreign, hidden_act="silu")
-    if tuple(foreign["time_step_limit"]) != (0.0, float("inf")):
-        raise ValueError(f"a bamba with time_step_limit={foreign['time_step_limit']} is not supported, only (0, inf)")
+    expect_free_steps(foreign)
     attention = {"num_heads": foreign["num_attention_heads"], "num_kv_heads": foreign["num_key_value_heads"]} | rope_fields(foreign)
     return same_fields(foreign) | {
         "norm_eps": foreign["rms_norm_eps"],

@@ -19,7 +19,7 @@ from zoo.layout import Layout, rename, squeeze
 from zoo.registry import register
 from zoo.ssd import SSDMixer
 from zoo.state_spaces import state_spaces_layout
-from zoo.terms import COMMON
+from zoo.terms import COMMON, expect_free_steps
 
 
 @strict
@@ -40,13 +40,18 @@ class Mamba2Config(ZooConfig):
     norm_groups: int | None = None  # groups of the output norm; None: num_groups
     dt_min: float = 1e-3  # initial time steps are log-uniform between dt_min and dt_max
     dt_max: float = 1e-1
+    dt_floor: float = 0.0  # no time step is ever shorter
+
+    @property
+    def inner(self) -> int:
+        """The inner width, H P."""
+        return round(self.hidden_size * self.expand)
 
     def validate_inner(self):
         """The inner width must be a whole number of heads, and heads of groups."""
-        inner = int(self.hidden_size * self.expand)
-        if inner % self.head_dim or inner // self.head_dim % self.num_groups:
+        if self.inner % self.head_dim or self.inner // self.head_dim % self.num_groups:
             raise ValueError(
-                f"Mamba2Config: the inner width {inner} must be divisible by head_dim={self.head_dim}, "
+                f"Mamba2Config: the inner width {self.inner} must be divisible by head_dim={self.head_dim}, "
                 f"and the heads that gives by num_groups={self.num_groups}"
             )
 
@@ -56,9 +61,9 @@ class Mamba2Mixer(SSDMixer):
 
     def __init__(self, config: Mamba2Config, layer: int):
         super().__init__(
-            config, layer, inner=int(config.hidden_size * config.expand), values=config.head_dim, keys=config.state_size,
+            config, layer, inner=config.inner, values=config.head_dim, keys=config.state_size,
             groups=config.num_groups, kernel=config.conv_kernel, conv_bias=config.conv_bias, in_bias=config.bias, out_bias=config.bias,
-            norm_groups=config.norm_groups or config.num_groups, dt_range=(config.dt_min, config.dt_max),
+            norm_groups=config.norm_groups or config.num_groups, dt_range=(config.dt_min, config.dt_max), dt_floor=config.dt_floor,
         )  # fmt: skip
 
 
@@ -72,8 +77,7 @@ def from_mamba2(foreign: dict) -> dict:
     """Fields of a Mamba2Config for one of transformers, whose output norm has one group whatever `n_groups` is."""
     if foreign["hidden_act"] not in ("silu", "swish"):
         raise ValueError(f"hidden_act {foreign['hidden_act']!r} is not supported; Mamba-2's is 'silu'")
-    if tuple(map(float, foreign["time_step_limit"])) != (0.0, math.inf):
-        raise ValueError(f"time_step_limit {foreign['time_step_limit']} is not supported, only none, which is (0.0, inf)")
+    expect_free_steps(foreign)
     fields = {name: foreign[name] for name in COMMON} | {own: foreign[name] for own, name in RENAMED.items()}
     return fields | {"expand": float(foreign["expand"]), "norm_groups": 1}
 
@@ -85,8 +89,11 @@ def to_mamba2(config: Mamba2Config) -> dict:
             f"mamba2's output norm has one group, this one num_groups={config.num_groups}; only norm_groups=1 can be expressed"
         )
     fields = {name: getattr(config, name) for name in COMMON} | {name: getattr(config, own) for own, name in RENAMED.items()}
-    inner = int(config.hidden_size * config.expand)
-    return fields | {"expand": int(config.expand), "num_heads": inner // config.head_dim, "time_step_rank": -(-config.hidden_size // 16)}
+    return fields | {
+        "expand": int(config.expand),
+        "num_heads": config.inner // config.head_dim,
+        "time_step_rank": -(-config.hidden_size // 16),
+    }
 
 
 RULES = (
@@ -107,9 +114,7 @@ TRIALS = {
     "biased": SMALL | {"n_groups": 1, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "time_step_min": 1e-2},
     "tied": SMALL | {"n_groups": 2, "tie_word_embeddings": True, "layer_norm_epsilon": 1e-3},
 }
-MAMBA2 = Layout(
-    "mamba2", ("mamba2",), from_mamba2, to_mamba2, RULES, prefix="backbone.", aliases=ALIASES, trials=TRIALS, forgets=FORGETS
-)
+MAMBA2 = Layout("mamba2", ("mamba2",), from_mamba2, to_mamba2, RULES, prefix="backbone.", aliases=ALIASES, trials=TRIALS, forgets=FORGETS)
 FLA = fla_layout(
     "mamba2",
     "Mamba2",

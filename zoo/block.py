@@ -1,4 +1,4 @@
-"""One layer of a model: a sequence mixer and a channel mixer, each around a residual."""
+"""One layer of a model: a sequence mixer and a channel mixer, each around a residual, or one of the two alone."""
 
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -13,7 +13,7 @@ CHANNEL = "channel_"  # prefix of the channel mixer's share of the state
 
 
 class Block(GradientCheckpointingLayer):
-    """`x + mixer(norm(x))`, then `x + channel_mixer(norm(x))`.
+    """`x + mixer(norm(x))`, then `x + channel_mixer(norm(x))`; without a channel mixer, or a mixer, the other half alone.
 
     With `post_norm` the norms follow the sums, with `output_norms` there are two more on what the mixers return (Gemma 2,
     arXiv:2408.00118), and with `parallel_residual` the block is `x + mixer(norm(x)) + channel_mixer(norm'(x))` (GPT-NeoX,
@@ -23,11 +23,15 @@ class Block(GradientCheckpointingLayer):
 
     def __init__(self, config: ZooConfig, layer: int):
         super().__init__()
-        self.mixer = registry.get(config.name).mixer(config, layer)
-        self.mixer_norm = self._input_norm(config) if layer or config.first_norm else nn.Identity()
+        if not config.name and config.channel_mixer is None:
+            raise ValueError(f"layer {layer} has neither a mixer nor a channel mixer; give it one of them")
         self.post_norm, self.parallel = config.post_norm, config.parallel_residual
         self.weights = config.residual_weights
-        self.mixer_output_norm = self._output_norm(config)
+        self.mixer = None
+        if config.name:
+            self.mixer = registry.get(config.name).mixer(config, layer)
+            self.mixer_norm = self._input_norm(config) if layer or config.first_norm else nn.Identity()
+            self.mixer_output_norm = self._output_norm(config)
         self.channel_mixer = None
         if config.channel_mixer is not None:
             self.channel_mixer = registry.get_channel_mixer(config.channel_mixer)(config, **config.channel_args or {})
@@ -46,14 +50,15 @@ class Block(GradientCheckpointingLayer):
         self, x: Tensor, state: State | None = None, packing: Packing | None = None, carry: Tensor | None = None
     ) -> tuple[Tensor, State, Tensor | None]:
         mixer_state, channel_state = split_state(state)
-        inner = x if self.post_norm else self.mixer_norm(x)
-        if self.mixer.traits.carry:
-            y, new_state, carry = self.mixer(inner, mixer_state, packing, carry)
-        else:
-            y, new_state = self.mixer(inner, mixer_state, packing)
-        before = x
-        x = self._add(x, self.mixer_output_norm(y), 0)
-        x = self.mixer_norm(x) if self.post_norm else x
+        before, new_state = x, {}
+        if self.mixer is not None:
+            inner = x if self.post_norm else self.mixer_norm(x)
+            if self.mixer.traits.carry:
+                y, new_state, carry = self.mixer(inner, mixer_state, packing, carry)
+            else:
+                y, new_state = self.mixer(inner, mixer_state, packing)
+            x = self._add(x, self.mixer_output_norm(y), 0)
+            x = self.mixer_norm(x) if self.post_norm else x
         if self.channel_mixer is not None:
             inner = before if self.parallel else x
             y, channel_state = self.channel_mixer(inner if self.post_norm else self.channel_norm(inner), channel_state, packing)
@@ -68,7 +73,7 @@ class Block(GradientCheckpointingLayer):
 
     def initial_state(self, batch: int, length: int, dtype, device) -> State:
         """The joint state of both mixers; see `Mixer.initial_state`."""
-        state = self.mixer.initial_state(batch, length, dtype, device)
+        state = {} if self.mixer is None else self.mixer.initial_state(batch, length, dtype, device)
         if self.channel_mixer is None:
             return state
         channel = self.channel_mixer.initial_state(batch, length, dtype, device)

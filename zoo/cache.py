@@ -67,7 +67,7 @@ class StateLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
-        return -1 if self.state is None else next(iter(self.state.values())).shape[0]
+        return next(iter(self.state.values())).shape[0] if self.state else -1
 
     def _map(self, function) -> None:
         if self.state is not None:

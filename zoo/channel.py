@@ -17,7 +17,12 @@ def gelu_tanh(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "tanh": torch.tanh}
+def squared_relu(x: Tensor) -> Tensor:
+    """`relu(x)^2` (Primer, arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "relu": F.relu, "relu2": squared_relu, "tanh": torch.tanh}
 
 
 def activation(name: str):
@@ -43,9 +48,11 @@ class GatedMLP(ChannelMixer):
 
     lora_targets = ("gate_proj", "up_proj", "down_proj")
 
-    def __init__(self, config: ZooConfig, *, act: str = "silu", bias: bool = False, intermediate_size: int | None = None):
+    def __init__(
+        self, config: ZooConfig, *, act: str = "silu", bias: bool = False, intermediate_size: int | None = None, width: int | None = None
+    ):
         super().__init__()
-        width = config.hidden_size
+        width = width or config.hidden_size
         inner = intermediate_size or config.intermediate_size or -(-8 * width // 3 // 64) * 64
         self.act = activation(act)
         self.gate_proj = nn.Linear(width, inner, bias=bias)
@@ -60,12 +67,15 @@ class GatedMLP(ChannelMixer):
 class MLP(ChannelMixer):
     """`down(act(up(x)))` (Vaswani et al. 2017, arXiv:1706.03762, eq. 2). Default width: 4 D."""
 
-    def __init__(self, config: ZooConfig, *, act: str = "gelu", bias: bool = True):
+    def __init__(
+        self, config: ZooConfig, *, act: str = "gelu", bias: bool = True, intermediate_size: int | None = None, width: int | None = None
+    ):
         super().__init__()
-        inner = config.intermediate_size or 4 * config.hidden_size
+        width = width or config.hidden_size
+        inner = intermediate_size or config.intermediate_size or 4 * config.hidden_size
         self.act = activation(act)
-        self.up_proj = nn.Linear(config.hidden_size, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, config.hidden_size, bias=bias)
+        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
         return self.down_proj(self.act(self.up_proj(x))), {}
@@ -121,7 +131,11 @@ class MixtureOfExperts(ChannelMixer):
     by itself, and a bias that is not trained by gradients balances the choice (DeepSeek-V3, arXiv:2412.19437, eq. 12-16); then
     only experts of the best `top_groups` of `groups` are eligible.
 
-    Args: normalize: the chosen weights sum to one; scale: they are multiplied by this after.
+    Args:
+        normalize: the chosen weights sum to one; scale: they are multiplied by this after.
+        gated: the experts are gated MLPs, else plain ones.
+        latent_size: width of a projection of the tokens on which the routed experts work; None: they see the tokens themselves.
+        bias: the shared expert and the projections to and from the latent width have biases.
     """
 
     lora_targets = ("gate_proj", "up_proj", "down_proj")
@@ -129,7 +143,8 @@ class MixtureOfExperts(ChannelMixer):
 
     def __init__(self, config: ZooConfig, *, experts: int = 8, top_k: int = 2, expert_size: int | None = None,
                  shared_size: int | None = None, shared_gate: bool = False, normalize: bool = True, act: str = "silu",
-                 scores: str = "softmax", groups: int = 1, top_groups: int = 1, scale: float = 1.0):  # fmt: skip
+                 scores: str = "softmax", groups: int = 1, top_groups: int = 1, scale: float = 1.0, gated: bool = True,
+                 latent_size: int | None = None, bias: bool = False):  # fmt: skip
         super().__init__()
         if not 1 <= top_k <= experts:
             raise ValueError(f"moe: top_k={top_k} must lie between 1 and experts={experts}")
@@ -140,8 +155,13 @@ class MixtureOfExperts(ChannelMixer):
             )
         self.top_k, self.normalize, self.groups, self.top_groups, self.scale = top_k, normalize, groups, top_groups, scale
         self.router = nn.Linear(config.hidden_size, experts, bias=False)
-        self.experts = nn.ModuleList(GatedMLP(config, act=act, intermediate_size=expert_size) for _ in range(experts))
-        self.shared = GatedMLP(config, act=act, intermediate_size=shared_size) if shared_size else None
+        kind, width = GatedMLP if gated else MLP, config.hidden_size
+        self.experts = nn.ModuleList(
+            kind(config, act=act, bias=False, intermediate_size=expert_size, width=latent_size) for _ in range(experts)
+        )
+        self.latent_in = nn.Linear(width, latent_size, bias=bias) if latent_size else None
+        self.latent_out = nn.Linear(latent_size, width, bias=bias) if latent_size else None
+        self.shared = kind(config, act=act, bias=bias, intermediate_size=shared_size) if shared_size else None
         self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False) if shared_size and shared_gate else None
         self.register_buffer("choice_bias", torch.empty(experts) if scores == "sigmoid" else None)
         self.reset_parameters()
@@ -175,8 +195,13 @@ class MixtureOfExperts(ChannelMixer):
         y = torch.zeros_like(tokens) if self.shared is None else self.shared(tokens)[0]
         if self.shared_gate is not None:
             y = torch.sigmoid(self.shared_gate(tokens)) * y
+        inner, routed = tokens, y
+        if self.latent_in is not None:
+            inner = self.latent_in(tokens)
+            routed = torch.zeros_like(inner)
         for index, expert in enumerate(self.experts):
             row, rank = (chosen == index).nonzero(as_tuple=True)
-            out, _ = expert(tokens[row])
-            y = y.index_add(0, row, (weights[row, rank, None] * out).to(y.dtype))
+            out, _ = expert(inner[row])
+            routed = routed.index_add(0, row, (weights[row, rank, None] * out).to(y.dtype))
+        y = routed if self.latent_out is None else y + self.latent_out(routed)
         return y.view_as(x), {}

@@ -105,7 +105,10 @@ class ZooConfig(PreTrainedConfig):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(ZooConfig) if f.name in _SHARED}
 
     def layer_configs(self) -> list["ZooConfig"]:
-        """The config of every layer, in order; its class's `name` says which mixer. A pure model repeats itself."""
+        """The config of every layer, in order; its class's `name` says which mixer. A pure model repeats itself.
+
+        A plain ZooConfig, which has no name, is a layer with a channel mixer alone.
+        """
         return [self] * self.num_hidden_layers
 
     def divide(self, whole: str, parts: str) -> int:

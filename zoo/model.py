@@ -38,6 +38,7 @@ class ZooPreTrainedModel(CheckpointMixin, PreTrainedModel):
     _can_compile_fullgraph = True
     _is_stateful = True
     _supports_sdpa = True
+    _keep_in_fp32_modules_strict = ["choice_bias"]  # of experts: its steps are small beside its size
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -27,7 +27,7 @@ class SSDMixer(Mixer):
         in_bias, out_bias: of the two projections.
         norm_groups: groups of the output norm; None: the output is gated and not normalised.
         norm_before_gate: normalise before the gate instead of behind it.
-        dt_range: initial time steps are log-uniform in it.
+        dt_range: initial time steps are log-uniform in it; dt_floor: none is ever shorter.
     """
 
     lora_targets = ("in_proj", "out_proj")
@@ -35,11 +35,11 @@ class SSDMixer(Mixer):
     def __init__(
         self, config: ZooConfig, layer: int, *, inner: int, values: int, keys: int, groups: int, kernel: int, conv_bias: bool,
         in_bias: bool, out_bias: bool, norm_groups: int | None, norm_before_gate: bool = False,
-        dt_range: tuple[float, float] = (1e-3, 1e-1),
+        dt_range: tuple[float, float] = (1e-3, 1e-1), dt_floor: float = 0.0,
     ):  # fmt: skip
         super().__init__(config, layer)
         self.inner, self.values, self.keys, self.groups = inner, values, keys, groups
-        self.heads, self.dt_range = inner // values, dt_range
+        self.heads, self.dt_range, self.dt_floor = inner // values, dt_range, dt_floor
         mixed = inner + 2 * groups * keys
         self.in_proj = nn.Linear(config.hidden_size, inner + mixed + self.heads, bias=in_bias)
         self.conv = ShortConv(mixed, kernel, bias=conv_bias)
@@ -78,7 +78,7 @@ class SSDMixer(Mixer):
         mixed, conv = self.conv(mixed, state["conv"] if state else None, packing)
         u, B, C = mixed.split([self.inner, shared, shared], dim=-1)
         u, B, C = split_heads(u, self.heads), split_heads(B, self.groups), split_heads(C, self.groups)
-        dt = F.softplus(wide(dt) + wide(self.dt_bias))
+        dt = F.softplus(wide(dt) + wide(self.dt_bias)).clamp(min=self.dt_floor)
         log_decay = -dt * wide(self.A_log).exp()
         v = (wide(u) * dt.unsqueeze(-1)).to(x.dtype)
         memory = state["memory"] if state else None

@@ -13,6 +13,7 @@ COMMON = (
 SAME = (*COMMON, "intermediate_size")
 ACTIVATIONS = {  # theirs -> ours; of several names for one the last is written
     "swish": "silu", "silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu",
+    "relu2": "relu2",
 }  # fmt: skip
 
 
@@ -26,7 +27,6 @@ def shell(norm: str = "norm") -> tuple[Rule, ...]:
     )
 
 
-def same_fields(source: dict | ZooConfig, *, but: tuple[str, ...] = ()) -> dict:
 def bert_body(prefix: str, norm: str = "attention.output.LayerNorm") -> tuple[Rule, ...]:
     """Rules for the embeddings, norms and channel mixers of an encoder laid out like BERT's; `norm`: that of the mixers."""
     layer, own = prefix + "encoder.layer.{}.", "model.layers.{}."
@@ -77,6 +77,7 @@ def bert_classifiers() -> tuple[Rule, ...]:
     )
 
 
+def same_fields(source: dict | ZooConfig, *, but: tuple[str, ...] = ()) -> dict:
     """The fields both sides call alike, of a foreign config or of ours, `but` for those that these do not share."""
     names = [name for name in SAME if name not in but]
     return {name: source[name] if isinstance(source, dict) else getattr(source, name) for name in names}

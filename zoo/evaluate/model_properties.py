@@ -248,7 +248,8 @@ def adapts_with_lora(subject: Subject) -> None:
     from peft import LoraConfig, get_peft_model
 
     layers = subject.model("base").layers
-    targets = {t for layer in layers for t in layer.mixer.lora_targets} or {t for layer in layers for t in layer.channel_mixer.lora_targets}
+    mixers = [layer.mixer for layer in layers if layer.mixer is not None]
+    targets = {t for mixer in mixers for t in mixer.lora_targets} or {t for layer in layers for t in layer.channel_mixer.lora_targets}
     model, ids = subject.model(), subject.tokens(2, 9)
     before = model(ids).logits.detach()
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=sorted(targets), init_lora_weights=False)).eval()

@@ -30,7 +30,8 @@ class Subject:
 
     def traits(self) -> Traits:
         """Traits of the mixer; of a hybrid, what all its layers can do."""
-        mixers = [registry.get(layer.name).mixer for layer in registry.build_config(f"{self.name}-tiny").layer_configs()]
+        layers = registry.build_config(f"{self.name}-tiny").layer_configs()
+        mixers = [registry.get(layer.name).mixer for layer in layers if layer.name]
         return Traits(
             causal=all(m.traits.causal for m in mixers),
             bidirectional=all(m.traits.bidirectional for m in mixers),
