@@ -22,8 +22,10 @@ from zoo.config import ZooConfig
 from zoo.kernels.attention import cache, flops
 from zoo.kernels.packing import Packing
 from zoo.layers import merge_heads, split_heads, token_positions
+from zoo.layout import Layout, Rule, drop, rename
 from zoo.mixer import Mixer, State, Traits
 from zoo.registry import register
+from zoo.terms import bert_attention, bert_body, bert_classifiers, bert_decoder, foreign_activation, own_activation, same_fields
 
 
 @strict
@@ -75,8 +77,7 @@ class LongformerMixer(Mixer):
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
-        self.has_global = bool(self.firsts) and not self.causal
-        if self.has_global:
+        if not self.causal:  # without global tokens too: checkpoints have them, and which tokens are global depends on the task
             self.q_global = nn.Linear(width, width)
             self.k_global = nn.Linear(width, width)
             self.v_global = nn.Linear(width, width)
@@ -98,8 +99,11 @@ class LongformerMixer(Mixer):
         return flops(2 * near - length + extra + firsts * length, self.heads, self.keys, self.keys)
 
     def flops(self, length: int) -> int:
-        idle = length - min(self.firsts, length)  # tokens without a global query
-        return super().flops(length) - (2 * idle * self.q_global.weight.numel() if self.has_global else 0)
+        if self.causal:
+            return super().flops(length)
+        asked = min(self.firsts, length)  # tokens with a global query, without any of which no key answers
+        idle = length - asked if asked else 3 * length
+        return super().flops(length) - 2 * idle * self.q_global.weight.numel()
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
         q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
@@ -107,7 +111,7 @@ class LongformerMixer(Mixer):
             o, state = self.attend_left(q, k, v, token_positions(x, state["length"] if state else None, packing), state, packing)
             return self.out_proj(merge_heads(o)), state
         o, _ = ops.attention(q, k, v, causal=False, window=self.side, sinks=self.firsts, packing=packing)
-        if self.has_global:
+        if self.firsts:
             o = self.answer_global(o, x, packing)
         return self.out_proj(merge_heads(o)), {}
 
@@ -138,6 +142,62 @@ class LongformerMixer(Mixer):
         return o.masked_scatter(chosen[:, None, None], answer[packing.seq_idx[chosen], packing.positions[chosen]])
 
 
+RENAMED = {
+    "norm_eps": "layer_norm_eps", "num_heads": "num_attention_heads", "window": "attention_window", "token_types": "type_vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+}  # fmt: skip
+CLASSIFIER = {"act": "tanh", "norm": None}
+
+
+def from_longformer(foreign: dict) -> dict:
+    """Fields of a LongformerConfig. transformers makes tokens global by a mask; without one, the first where it classifies."""
+    if foreign["pad_token_id"] is None:
+        raise ValueError("a longformer needs a pad_token_id, as its positions count from the row behind it; set it in the config")
+    task = (foreign.get("architectures") or [""])[0]
+    classifies = task.endswith("ForSequenceClassification")
+    return same_fields(foreign, but=("use_cache",)) | {own: foreign[name] for own, name in RENAMED.items()} | {
+        "position_offset": foreign["pad_token_id"] + 1,
+        "channel_args": {"act": own_activation(foreign["hidden_act"])},
+        "num_global_tokens": 1 if classifies else foreign.get("num_global_tokens", 0),
+        "pooler_args": CLASSIFIER if task.endswith("Model") else None,
+        "classifier_args": CLASSIFIER,
+    }  # fmt: skip
+
+
+def to_longformer(config: LongformerConfig) -> dict:
+    """The inverse."""
+    act = (config.channel_args or {}).get("act", "gelu")
+    return same_fields(config, but=("use_cache",)) | {name: getattr(config, own) for own, name in RENAMED.items()} | {
+        "intermediate_size": config.intermediate_size or 4 * config.hidden_size,
+        "hidden_act": foreign_activation(act, dated=True),
+        "num_global_tokens": config.num_global_tokens,
+    }  # fmt: skip
+
+
+def longformer_rules(config: LongformerConfig) -> tuple[Rule, ...]:
+    body, layer = "longformer.", "longformer.encoder.layer.{}.attention.self."
+    return (
+        *bert_body(body),
+        *bert_attention(body),
+        rename(layer + "{query,key,value}_global.{weight,bias}", "model.layers.{}.mixer.{q,k,v}_global.{weight,bias}"),
+        *bert_decoder(config.tie_word_embeddings, "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias"),
+        *bert_classifiers(),
+        rename(body + "pooler.dense.{weight,bias}", "model.pooler.dense.{weight,bias}"),
+        drop(body + "pooler.dense.{weight,bias}", "the heads of this architecture do not read the pooler"),
+    )
+
+
+LAYOUT = Layout(
+    "longformer", ("longformer",), from_longformer, to_longformer, longformer_rules, prefix="longformer.",
+    forgets=("sep_token_id", "onnx_export"),
+    trials={
+        "masked": {"architectures": ["LongformerForMaskedLM"], "attention_window": 6, "hidden_act": "gelu_new"},
+        "bare": {"attention_window": [8, 4], "type_vocab_size": 1, "num_attention_heads": 2, "pad_token_id": 1},
+        "sequences": {"architectures": ["LongformerForSequenceClassification"], "attention_window": 4, "num_labels": 3},
+        "tokens": {"architectures": ["LongformerForTokenClassification"], "attention_window": 4, "num_global_tokens": 0},
+    },
+)  # fmt: skip
+
 register(
     "longformer",
     config=LongformerConfig,
@@ -149,4 +209,5 @@ register(
         "base": dict(hidden_size=768, num_hidden_layers=12, num_heads=12, vocab_size=50265, tie_word_embeddings=True),
         "large": dict(hidden_size=1024, num_hidden_layers=24, num_heads=16, vocab_size=50265, tie_word_embeddings=True),
     },
+    layouts=(LAYOUT,),
 )
