@@ -20,7 +20,8 @@ class AttentionMixer(Mixer):
     says how many tokens there may be. L grows in steps with the sequence; with a window it is fixed. A bidirectional layer
     sees its whole sequence at once and has no state.
 
-    Args: heads: H; groups: G; keys: K; values: V, None is K; the rest as `ops.attention` has them.
+    Args: heads: H; groups: G; keys: K; values: V, None is K; window: how many tokens are seen, the own included, on either side
+        if bidirectional; the rest as `ops.attention` has them.
     """
 
     traits = Traits(bidirectional=True, constant_state=False)
@@ -46,14 +47,16 @@ class AttentionMixer(Mixer):
 
     def operator_flops(self, length: int) -> int:
         seen = min(length, length if self.window is None else self.window + self.sinks)
-        pairs = seen * (seen + 1) // 2 + (length - seen) * seen if self.causal else length * length
+        pairs = seen * (seen + 1) // 2 + (length - seen) * seen
+        pairs = pairs if self.causal else 2 * pairs - length
         return flops(pairs, self.heads, self.keys, self.values)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: State | None, packing: Packing | None
     ) -> tuple[Tensor, State]:
         """Attention of these queries to the cached and the new keys, and the cache after."""
-        rule = {"causal": self.causal, "window": self.window, "sinks": self.sinks, "softcap": self.softcap, "scale": self.scale}
+        window = None if self.window is None else (self.window - 1, self.window - 1)  # beside the own token; if causal the left counts
+        rule = {"causal": self.causal, "window": window, "sinks": self.sinks, "softcap": self.softcap, "scale": self.scale}
         if not self.causal:
             return ops.attention(q, k, v, **rule, packing=packing)[0], {}
         if self.window is None:
