@@ -197,6 +197,10 @@ LAYOUT = Layout(
         "tokens": {"architectures": ["LongformerForTokenClassification"], "attention_window": 4, "num_global_tokens": 0},
     },
 )  # fmt: skip
+PUBLISHED = dict(
+    vocab_size=50265, tie_word_embeddings=True, max_position_embeddings=4098, position_offset=2, token_types=1, pad_token_id=1,
+    bos_token_id=0, eos_token_id=2,
+)  # fmt: skip
 
 register(
     "longformer",
@@ -206,8 +210,8 @@ register(
     paper="arXiv:2004.05150",
     presets={
         "tiny": dict(hidden_size=32, num_hidden_layers=2, num_heads=2, window=8, vocab_size=256, max_position_embeddings=512),
-        "base": dict(hidden_size=768, num_hidden_layers=12, num_heads=12, vocab_size=50265, tie_word_embeddings=True),
-        "large": dict(hidden_size=1024, num_hidden_layers=24, num_heads=16, vocab_size=50265, tie_word_embeddings=True),
+        "base": PUBLISHED,
+        "large": PUBLISHED | dict(hidden_size=1024, num_hidden_layers=24, num_heads=16),
     },
     layouts=(LAYOUT,),
 )
