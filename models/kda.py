@@ -120,7 +120,10 @@ LAYOUTS = (
         only={"safe_gate": (False,), "lower_bound": (None,), "share_conv_kernel": (False,)},
         read=read_kda,
         write=write_convolution,
-        trials={"wide": {"num_heads": 2, "head_dim": 8, "expand_v": 1.5}, "unconvolved": {"num_heads": 4, "head_dim": 8, "use_short_conv": False}},
+        trials={
+            "wide": {"num_heads": 2, "head_dim": 8, "expand_v": 1.5},
+            "unconvolved": {"num_heads": 4, "head_dim": 8, "use_short_conv": False},
+        },
     ),
 )  # fmt: skip
 

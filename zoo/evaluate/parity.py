@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
-from zoo import registry
 from zoo.auto import from_pretrained, model_class
 from zoo.config import nearest
 from zoo.evaluate.closeness import error_bound
+from zoo.evaluate.subject import by_definition
 from zoo.foreign import config_class, with_defaults
-from zoo.keys import Pattern
+from zoo.keys import Pattern, Plan
 from zoo.layout import Layout, State, find_layout, layouts
+from zoo.registry import ARCHITECTURES, build_config, get
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -38,6 +39,7 @@ SIZES = {
 PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 LENGTHS = (1, 5, 17, 33, 70)
 CLOSE = 1e-5  # of the largest value, or of 1: transformers computes recurrences in float32 whatever the dtype, so nothing is more exact
+NO_HALF = ("xlstm",)  # whose models in bfloat16 transformers cannot compute: ours are held to our own definition there
 NEW = 12  # tokens continued
 # what leaves the computation of a trained model as it is; a layout names its own in `forgets`
 FORGOTTEN = re.compile(
@@ -50,7 +52,8 @@ OWN_PROPERTIES: dict[str, Callable[["OwnTrial"], float]] = {}
 
 def has_oracle(layout: Layout) -> bool:
     """Whether transformers has the models of this layout."""
-    return layout.complete is None and bool(layout.model_types) and config_class(layout.model_types[0]) is not None
+    alone = layout.complete is None and not layout.beside
+    return alone and bool(layout.model_types) and config_class(layout.model_types[0]) is not None
 
 
 def foreign_config(layout: Layout, fields: dict) -> PreTrainedConfig:
@@ -81,9 +84,9 @@ class Trial:
     its own; report: of loading it.
     """
 
-    def __init__(self, layout: Layout, name: str):
-        self.layout, self.name = layout, name
-        self.place = tempfile.TemporaryDirectory(prefix="parity-")
+    def __init__(self, layout: Layout, name: str, place: Path):
+        self.layout, self.name, self.place = layout, name, place
+        self.entry = get(layouts()[layout.name])
 
     @cached_property
     def theirs(self) -> nn.Module:
@@ -98,13 +101,9 @@ class Trial:
         return model
 
     @cached_property
-    def entry(self) -> registry.Architecture:
-        return next(entry for entry in registry.ARCHITECTURES.values() if self.layout in entry.layouts)
-
-    @cached_property
     def folder(self) -> Path:
-        self.theirs.save_pretrained(self.place.name + "/theirs")
-        return Path(self.place.name, "theirs")
+        self.theirs.save_pretrained(self.place / "theirs")
+        return self.place / "theirs"
 
     @cached_property
     def ours(self) -> nn.Module:
@@ -216,10 +215,12 @@ def accounts_for_every_key(trial: Trial) -> float:
 @of_trials
 @torch.no_grad()
 def logits_are_equal(trial: Trial) -> float:
+    """Row by row, as transformers mixes the rows of some models up."""
     errors = []
     for length in LENGTHS:
         ids = trial.tokens(2, length)
-        errors.append(close(answer(trial.ours, input_ids=ids), answer(trial.theirs, input_ids=ids), f"{length} tokens"))
+        theirs = torch.cat([answer(trial.theirs, input_ids=row[None]) for row in ids])
+        errors.append(close(answer(trial.ours, input_ids=ids), theirs, f"{length} tokens"))
     return max(errors)
 
 
@@ -272,23 +273,22 @@ def gradients_are_equal(trial: Trial) -> float:
             weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)) / out.numel() ** 0.5
         (out * weight).sum().backward()
     own = {name: parameter.grad for name, parameter in ours.named_parameters() if parameter.grad is not None}
-    trained = {name for name, _ in ours.named_parameters()}
     with torch.no_grad():  # saved in place of the weights, theirs go through what transformers does when it saves
         for tensor in {t.data_ptr(): t for t in theirs.state_dict().values()}.values():
             if tensor.is_floating_point():
                 grads = [p.grad for p in theirs.parameters() if p.data_ptr() == tensor.data_ptr()]
                 tensor.copy_(grads[0] if grads and grads[0] is not None else torch.zeros_like(tensor))
-    theirs.save_pretrained(trial.place.name + "/gradients")
-    expected = stored_tensors(trial.place.name + "/gradients")
+    theirs.save_pretrained(trial.place / "gradients")
+    expected = stored_tensors(trial.place / "gradients")
     leaves = {name: tensor.requires_grad_(tensor.is_floating_point()) for name, tensor in stored_tensors(trial.folder).items()}
-    made, report = trial.layout.to_zoo(leaves, ours)
+    made, _ = trial.layout.to_zoo(leaves, ours)
     sum((tensor * own[name]).sum() for name, tensor in made.items() if name in own).backward()
     errors = [0.0]
     scale = max(tensor.abs().max().item() for tensor in expected.values() if tensor.is_floating_point())
     for name, leaf in leaves.items():
         if leaf.grad is not None:
             errors.append(close(leaf.grad / scale, expected[name] / scale, f"the gradient of {name}"))
-        elif name not in report.dropped and report.taken.get(name) in trained:
+        elif leaf.is_floating_point():
             assert not expected[name].any(), f"{name} has a gradient there and none here"
     return max(errors)
 
@@ -297,7 +297,7 @@ def gradients_are_equal(trial: Trial) -> float:
 @torch.no_grad()
 def written_back_it_is_what_it_was(trial: Trial) -> float:
     """transformers reads equal bits and computes equal bits, and the config says the same but for what is forgotten."""
-    target = Path(trial.place.name, "back")
+    target = trial.place / "back"
     trial.ours.save_pretrained(target, layout=trial.layout.name)
     again, info = type(trial.theirs).from_pretrained(target, output_loading_info=True, **PLAIN)
     wrong = {kind: info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
@@ -316,11 +316,16 @@ def written_back_it_is_what_it_was(trial: Trial) -> float:
 def half_precision_stays_half(trial: Trial) -> float:
     """bfloat16 weights keep their bits, and compute what theirs do, by the rule of closeness."""
     half = copy.deepcopy(trial.theirs).bfloat16()
-    folder, back = Path(trial.place.name, "half"), Path(trial.place.name, "half-back")
+    folder, back = trial.place / "half", trial.place / "half-back"
     half.save_pretrained(folder)
     ours, ids = from_pretrained(folder), trial.tokens(8, 33)
     assert ours.dtype == torch.bfloat16, f"bfloat16 became {ours.dtype}"
-    result, plain = answer(ours, input_ids=ids), answer(half, input_ids=ids)
+    result = answer(ours, input_ids=ids)
+    if trial.theirs.config.model_type in NO_HALF:
+        with by_definition():
+            plain = answer(ours, input_ids=ids)
+    else:
+        plain = answer(half, input_ids=ids)
     exact = answer(copy.deepcopy(half).float(), input_ids=ids)
     share = 2 if any(getattr(module, "waits_for_device", False) for module in ours.modules()) else 1
     bound = error_bound(*calmest(plain, exact, share))
@@ -342,18 +347,18 @@ def calmest(result: Tensor, exact: Tensor, share: int) -> tuple[Tensor, Tensor]:
 class OwnTrial:
     """A model of ours to be saved in a layout: of the trial's config, or where a layout has no trials of the preset "tiny"."""
 
-    def __init__(self, layout: Layout, name: str):
-        self.layout, self.name = layout, name
-        self.entry = next(entry for entry in registry.ARCHITECTURES.values() if layout in entry.layouts)
-        self.place = tempfile.TemporaryDirectory(prefix="parity-")
+    def __init__(self, layout: Layout, name: str, place: Path):
+        self.layout, self.name, self.place = layout, name, place
+        self.entry = get(layouts()[layout.name])
 
     @cached_property
     def ours(self) -> nn.Module:
         if not self.layout.trials:
-            config = registry.build_config(f"{self.entry.name}-tiny")
+            config = build_config(f"{self.entry.name}-tiny")
         else:
             kind = {"model_type": self.layout.model_types[0]} if self.layout.model_types else {}
-            foreign = with_defaults(kind | self.layout.trials[self.name], self.layout)
+            sizes = {name: value for name, value in SIZES.items() if name in with_defaults(kind, self.layout)}
+            foreign = with_defaults(kind | sizes | self.layout.trials[self.name], self.layout)
             config = self.entry.config(**self.layout.config_map(foreign))
         torch.manual_seed(0)
         model = model_class(config)(config).eval()
@@ -368,25 +373,30 @@ def of_own_trials(function: Callable[[OwnTrial], float]) -> Callable[[OwnTrial],
 
 
 @of_own_trials
+@torch.no_grad()
 def saved_and_loaded_it_is_what_it_was(trial: OwnTrial) -> float:
-    """In float32 and bfloat16: the same bits, the same config, every key accounted for."""
+    """In float32 and bfloat16: every key accounted for, the same config, the same bits; where a rule is not exact, the same function."""
     for dtype in (torch.float32, torch.bfloat16):
-        ours, folder = copy.deepcopy(trial.ours).to(dtype), Path(trial.place.name, str(dtype))
+        ours, folder = copy.deepcopy(trial.ours).to(dtype), trial.place / str(dtype)
         ours.save_pretrained(folder, layout=trial.layout.name)
         file = trial.layout.file
         again, report = from_pretrained(folder / file if file.endswith(".pth") else folder, output_loading_info=True)
         assert again.dtype == dtype and not report.fresh, f"{dtype} became {again.dtype}, untrained are {report.fresh}"
-        same_bits(ours.state_dict(), again.state_dict())
-        trial.layout.check_expressible(ours.config, foreign_of(trial.layout, folder))
+        loose = {name for job in Plan(trial.layout, ours).jobs if not job.rule.exact for name in job.own}
+        before, after = ({n: t for n, t in model.state_dict().items() if n not in loose} for model in (ours, again))
+        same_bits(before, after)
+        if loose and dtype == torch.float32:
+            ids = torch.randint(3, ours.config.vocab_size, (2, 33), generator=torch.Generator().manual_seed(1))
+            close(answer(again, input_ids=ids), answer(ours, input_ids=ids), "what was saved and loaded")
+        old, new = (model.config.to_dict() | {"_name_or_path": "", "architectures": None, "dtype": None} for model in (ours, again))
+        changed = {name: (value, new[name]) for name, value in old.items() if value is not None and new[name] != value}  # None: derived
+        assert not changed or layers(ours) == layers(again), f"the config changes (before, after): {changed}"
     return 0.0
 
 
-def foreign_of(layout: Layout, folder: Path) -> dict:
-    """The foreign config a folder holds."""
-    if layout.file.endswith(".pth"):
-        tensors = torch.load(folder / layout.file, weights_only=True)
-        return with_defaults({"tensors": {name: list(tensor.shape) for name, tensor in tensors.items()}}, layout)
-    return with_defaults(json.loads((folder / "config.json").read_text()), layout)
+def layers(model: nn.Module) -> list[dict]:
+    """The plan of a model, however its config says it."""
+    return [layer.to_dict() for layer in model.config.layer_configs()]
 
 
 def stored_tensors(folder: str | Path) -> State:
@@ -436,7 +446,7 @@ COLUMNS = {  # heading -> properties
 
 def find(name: str) -> Layout:
     """The layout of this name, or an error that names the nearest."""
-    for entry in registry.ARCHITECTURES.values():
+    for entry in ARCHITECTURES.values():
         for layout in entry.layouts:
             if layout.name == name:
                 return layout
@@ -460,28 +470,29 @@ def properties(layout: Layout) -> dict[str, Callable]:
     return PROPERTIES if has_oracle(layout) else OWN_PROPERTIES
 
 
-def make_trial(layout: Layout, name: str) -> Trial | OwnTrial:
-    """A trial by its name."""
+def make_trial(layout: Layout, name: str, place: Path) -> Trial | OwnTrial:
+    """A trial by its name, with an empty folder to work in."""
     if name not in trial_names(layout):
         raise ValueError(
             f"layout {layout.name!r} has no trial {name!r}{nearest(name, layout.trials)}; it has {', '.join(trial_names(layout))}"
         )
-    return (Trial if has_oracle(layout) else OwnTrial)(layout, name)
+    return (Trial if has_oracle(layout) else OwnTrial)(layout, name, place)
 
 
 def prove(layout: Layout, trials: Iterable[str] | None = None) -> Proof:
     """All properties of a layout on some of its trials (default: all)."""
     proof = Proof(layout.name, layouts()[layout.name], has_oracle(layout))
     for name in trial_names(layout) if trials is None else trials:
-        trial = make_trial(layout, name)
-        proof.trials += 1
-        for label, check in properties(layout).items():
-            try:
-                proof.errors[label] = max(check(trial), proof.errors.get(label, 0.0))
-            except Exception:  # it may fail in any way; the caller reports it
-                proof.failures[name, label] = traceback.format_exc(limit=-2)
-                if "ours" not in vars(trial):  # there is nothing to prove
-                    break
+        with tempfile.TemporaryDirectory(prefix="parity-") as place:
+            trial = make_trial(layout, name, Path(place))
+            proof.trials += 1
+            for label, check in properties(layout).items():
+                try:
+                    proof.errors[label] = max(check(trial), proof.errors.get(label, 0.0))
+                except Exception:  # it may fail in any way; the caller reports it
+                    proof.failures[name, label] = traceback.format_exc(limit=-2)
+                    if "ours" not in vars(trial):  # there is nothing to prove
+                        break
     return proof
 
 

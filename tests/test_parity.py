@@ -1,0 +1,99 @@
+"""Every layout holds every property of `zoo.evaluate.parity`; ids read `[llama-gradients_are_equal]`."""
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+
+import zoo
+from zoo.evaluate.parity import Proof, find, has_oracle, make_trial, properties, prove, sampled, table, trial_names
+from zoo.layout import mapped, rename
+from zoo.registry import ARCHITECTURES, get
+
+NAMES = sorted(zoo.layouts())
+each_property = pytest.mark.parametrize(
+    "name, label", [pytest.param(name, label, id=f"{name}-{label}") for name in NAMES for label in properties(find(name))]
+)
+
+
+@pytest.fixture(scope="module")
+def trial(tmp_path_factory):
+    """The sampled trial of a layout, kept while its properties are tested."""
+    kept = {}
+
+    def make(name: str):
+        if name not in kept:
+            kept.clear()
+            kept[name] = make_trial(find(name), sampled(find(name)), tmp_path_factory.mktemp(name))
+        return kept[name]
+
+    transformers.logging.disable_progress_bar()
+    yield make
+    transformers.logging.enable_progress_bar()
+
+
+@each_property
+def test_layout(trial, name, label):
+    properties(find(name))[label](trial(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_all_trials_of_a_layout(name):
+    assert not prove(find(name)).failures
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if has_oracle(find(name))])
+def test_there_is_more_than_one_trial(name):
+    assert len(trial_names(find(name))) > 1
+
+
+LLAMA = find("llama")
+
+
+def with_rule(rule) -> dict:
+    """A change of Llama's layout: this rule in place of the one for the same key of ours."""
+    kept = [old for old in LLAMA.rules if not {p.text for p in old.own} & {p.text for p in rule.own}]
+    assert len(kept) == len(LLAMA.rules) - 1
+    return {"rules": (*kept, rule)}
+
+
+NORM = "model.norm.weight"
+MLP = "model.layers.{{}}.{}.{{{}}}_proj.{{weight,bias}}"
+
+
+@pytest.mark.parametrize(
+    "change, label",
+    [
+        ({"config_map": lambda foreign: LLAMA.config_map(foreign) | {"norm_eps": 1e-2}}, "logits_are_equal"),
+        ({"config_map": lambda foreign: LLAMA.config_map(dict(foreign))}, "options_are_read"),
+        ({"config_back": lambda config: LLAMA.config_back(config) | {"num_key_value_heads": 4}}, "written_back_it_is_what_it_was"),
+        ({"config_back": lambda config: LLAMA.config_back(config) | {"mlp_bias": True}}, "written_back_it_is_what_it_was"),
+        (with_rule(rename(MLP.format("mlp", "up,gate,down"), MLP.format("channel_mixer", "gate,up,down"))), "logits_are_equal"),
+        (with_rule(mapped(NORM, NORM, lambda x: 2 * x, lambda x: x / 2)), "padded_rows_are_as_alone"),
+        (with_rule(mapped(NORM, NORM, torch.neg, torch.neg)), "greedy_continuations_are_equal"),
+        (with_rule(mapped(NORM, NORM, torch.clone, lambda x: x + 1)), "accounts_for_every_key"),
+        (with_rule(mapped(NORM, NORM, torch.Tensor.detach, torch.clone)), "gradients_are_equal"),
+        (with_rule(mapped(NORM, NORM, lambda x: x * 1.5 if x.dtype == torch.bfloat16 else x, torch.clone)), "half_precision_stays_half"),
+    ],
+)
+def test_a_layout_that_is_wrong_is_found_out(monkeypatch, change, label):
+    entry, wrong = get("transformer"), dataclasses.replace(LLAMA, **change)
+    others = tuple(other for other in entry.layouts if other is not LLAMA)
+    monkeypatch.setitem(ARCHITECTURES, "transformer", dataclasses.replace(entry, layouts=(wrong, *others)))
+    assert ("plain", label) in prove(wrong, ["plain"]).failures
+
+
+def test_wrong_names_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no layout 'lama' .did you mean 'llama'"):
+        find("lama")
+    with pytest.raises(ValueError, match=r"'llama' has no trial 'plan' .did you mean 'plain'.*it has plain, "):
+        make_trial(LLAMA, "plan", tmp_path)
+
+
+def test_the_table_has_a_row_for_each_proof():
+    good, bad = prove(find("fla-gla")), Proof("llama", "transformer", True, 2, {"loads": 0.0}, {("plain", "logits_are_equal"): "off"})
+    heading, _, first, second = (line.strip("| ").split(" | ") for line in table([good, bad]))
+    assert [cell.strip() for cell in first] == ["`fla-gla`", "`gla`", "", "yes", "", "", "", "yes", "yes", "1"]
+    assert len(heading) == len(second) and second[2].strip() == "fails"
