@@ -157,7 +157,8 @@ class Layout:
 
     Args:
         name: what `save_pretrained(layout=...)` calls it.
-        model_types: of the foreign configs; the first is written when saving. Empty for configs that name none.
+        model_types: of the foreign configs; the first is written when saving. Empty for configs that name none; None among them
+            for those that may leave it out.
         config_map: foreign config (with its defaults filled in where transformers knows it) -> fields of ours. It raises
             ValueError for what we cannot express.
         config_back: our config -> foreign fields; it need not check, what would be lost is found by mapping back.
@@ -179,7 +180,7 @@ class Layout:
     """
 
     name: str
-    model_types: tuple[str, ...]
+    model_types: tuple[str | None, ...]
     config_map: Callable[[dict], dict]
     config_back: Callable[[ZooConfig], dict]
     rules: tuple[Rule, ...] | Callable[[ZooConfig], tuple[Rule, ...]]
@@ -279,7 +280,7 @@ def find_layout(config: dict) -> tuple[registry.Architecture, Layout]:
         named = kind in layout.model_types or (kind is None and not layout.model_types)
         if named and (layout.matches is None or layout.matches(config)):
             return entry, layout
-    known = sorted({kind for _, layout in every for kind in layout.model_types})
+    known = sorted({kind for _, layout in every for kind in layout.model_types if kind})
     raise ValueError(f"no layout for checkpoints of model_type {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
 
 
