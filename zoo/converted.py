@@ -1,0 +1,53 @@
+"""What checkpoints of converted transformers have in common: the teacher's config with further fields, and the keys it left.
+
+Their libraries derive their configs from the teacher's class in transformers, and write rotary positions as transformers 4 did, as
+`rope_theta` and `rope_scaling`.
+"""
+
+from collections.abc import Callable
+from copy import deepcopy
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from zoo.config import ZooConfig
+from zoo.layout import drop, rename
+from zoo.terms import expect, rope_fields, same_fields, shell
+
+HEADS = {"norm_eps": "rms_norm_eps", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
+KEPT = (
+    rename("model.layers.{}.{input,post_attention}_layernorm.weight", "model.layers.{}.{mixer,channel}_norm.weight"),
+    rename("model.layers.{}.mlp.{gate,up,down}_proj.weight", "model.layers.{}.channel_mixer.{gate,up,down}_proj.weight"),
+    drop("model.layers.{}.self_attn.rotary_emb.inv_freq", "follows from rope_theta"),
+    *shell(),
+)
+PROJECTIONS = rename("model.layers.{}.self_attn.{q,k,v,o}_proj.{weight,bias}", "model.layers.{}.mixer.{q,k,v,out}_proj.{weight,bias}")
+
+
+def derived(kind: str, **defaults) -> Callable[[dict], dict]:
+    """`Layout.complete` for configs of a class derived from that of transformers for `kind`; `defaults` of its further fields."""
+
+    def complete(foreign: dict) -> dict:
+        kept = {name: foreign[name] for name in ("model_type", "architectures") if name in foreign}
+        # a copy, as transformers writes into the dictionaries it is given
+        known = CONFIG_MAPPING[kind].from_dict(deepcopy({name: value for name, value in foreign.items() if name not in kept}))
+        return defaults | known.to_dict() | {"architectures": None} | kept
+
+    return complete
+
+
+def read_teacher(foreign: dict) -> dict:
+    """Our fields for the teacher's sizes, heads and rotary positions; the config is completed."""
+    expect(foreign, hidden_act="silu", mlp_bias=False)
+    fields = same_fields(foreign) | {own: foreign[name] for own, name in HEADS.items()} | rope_fields(foreign)
+    if fields.pop("rope_fraction") != 1.0:
+        raise ValueError(f"a {foreign['model_type']} with partial_rotary_factor other than 1 is not supported")
+    return fields
+
+
+def write_teacher(config: ZooConfig) -> dict:
+    """The inverse; what it cannot say is noticed by mapping back."""
+    fields = same_fields(config) | {name: getattr(config, own) for own, name in HEADS.items()}
+    fields |= {"num_key_value_heads": config.num_kv_heads or config.num_heads, "hidden_act": "silu"}
+    fields["intermediate_size"] = config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64
+    theta = {} if config.rope_theta is None else {"rope_theta": config.rope_theta}
+    return fields | theta | {"rope_scaling": getattr(config, "rope_scaling", None)}
