@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
-from zoo.kernels.attention import chunked, reference
+from zoo.kernels.attention import (
+    blocks,  # noqa: F401  (registers block_attention)
+    chunked,
+    reference,
+)
 from zoo.kernels.checks import Shapes, accumulator, float_dtype
 from zoo.kernels.dispatch import Backend, Op
 from zoo.kernels.packing import Packing
