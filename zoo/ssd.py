@@ -74,7 +74,7 @@ class SSDMixer(Mixer):
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
         shared = self.groups * self.keys
-        z, mixed, dt = self.project(x).split([self.inner, self.inner + 2 * shared, self.heads], dim=-1)
+        z, mixed, dt = self.project(x).split([self.inner, self.conv.width, self.heads], dim=-1)
         mixed, conv = self.conv(mixed, state["conv"] if state else None, packing)
         u, B, C = mixed.split([self.inner, shared, shared], dim=-1)
         u, B, C = split_heads(u, self.heads), split_heads(B, self.groups), split_heads(C, self.groups)

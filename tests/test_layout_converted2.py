@@ -1,0 +1,296 @@
+"""Transformers that others made recurrent, as they were published: every key kept bit by bit, and the model against its formulas.
+
+Their libraries compute on GPUs only, so what they define is written down here once more, reading their tensors by their names.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_layout_fla import Weights, drawn, recur, rms, transformer
+from torch.nn import functional as F
+
+import zoo
+from zoo.evaluate.closeness import assert_close
+
+D, L, VOCABULARY, INNER = 32, 3, 61, 40
+LLAMA = {
+    "vocab_size": VOCABULARY, "hidden_size": D, "intermediate_size": INNER, "num_hidden_layers": L, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "hidden_act": "silu", "max_position_embeddings": 128, "rope_theta": 500.0,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+LLAMBA = {"d_model": D, "n_layer": L, "vocab_size": VOCABULARY, "pad_vocab_size_multiple": 1}
+MLP = {"intermediate_size": INNER, "bias": False, "act_fn": "silu"}
+BESIDE = "mamba_config.json"
+SIDE = {"d_model": D, "rms_norm_eps": 1e-5, "vocab_size": None, "intermediate_size": INNER, "hidden_act": "silu", "n_layer": L}
+CASES = {  # layout, config.json, the file beside it
+    "llamba": (
+        "llamba",
+        LLAMBA | {"model_type": "llamba", "architectures": ["LlambaForCausalLM"], "mlp_cfg": MLP, "tie_embeddings": True,
+                  "ssm_cfg": {"d_state": 8, "n_v_heads": 4, "n_qk_heads": 4, "expand": 1, "activation": "identity", "bias": False}},
+        None,
+    ),
+    "llamba-untyped": (
+        "llamba",
+        LLAMBA | {"mlp_cfg": MLP | {"bias": True}, "tie_embeddings": False, "ssm_cfg": {"d_state": 6, "n_v_heads": 4, "n_qk_heads": 2,
+                  "expand": 2, "activation": "silu", "bias": True, "d_conv": 3, "conv_bias": False}},
+        None,
+    ),
+    "mamba2_in_llama": (
+        "mamba2_in_llama",
+        LLAMA | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]},
+        SIDE | {"ssm_cfg": {"expand": 1, "ngroups": 4, "d_state": 8}, "d_inner": D, "d_xb": 16, "attn_layers": [1]},
+    ),
+    "mamba2_in_llama-repeated": (
+        "mamba2_in_llama",
+        LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
+        SIDE | {"ssm_cfg": {"expand": 1, "ngroups": 4, "d_state": 8, "repeat_kv_before_conv": True, "bias": True}, "d_inner": D,
+                "d_xb": 16, "attn_layers": [0, 2]},
+    ),
+    "mamba_in_llama": (
+        "mamba_in_llama",
+        LLAMA | {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 7},
+        SIDE | {"ssm_cfg": {"expand": 1, "d_state": 4}, "d_xb": 16, "attn_layers": [1]},
+    ),
+    "mamba_in_llama-alone": (
+        "mamba_in_llama",
+        LLAMA | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
+        SIDE | {"ssm_cfg": {"expand": 1, "d_state": 4, "repeat_kv_before_conv": False, "conv_bias": False, "dt_rank": 5}, "d_xb": 16,
+                "attn_layers": []},
+    ),
+}  # fmt: skip
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+# -- the documented keys -----------------------------------------------------------------------------------------------
+
+
+def biased(keys: dict, *names: str) -> dict:
+    """With biases for these matrices."""
+    return keys | {f"{name}.bias": keys[f"{name}.weight"][:1] for name in names}
+
+
+def llamba_keys(c: dict, side: dict | None) -> dict:
+    ssm = c["ssm_cfg"]
+    inner, heads = D * ssm["expand"], ssm["n_v_heads"]
+    mixed = inner + 2 * ssm["n_qk_heads"] * ssm["d_state"]
+    keys = {"in_proj.weight": (mixed + inner + heads, D), "out_proj.weight": (D, inner), "D": (heads,)}
+    keys |= {"conv1d.weight": (mixed, 1, ssm.get("d_conv", 4))} | ({"conv1d.bias": (mixed,)} if ssm.get("conv_bias", True) else {})
+    return biased(keys, "in_proj", "out_proj") if ssm["bias"] else keys | {"z_bias": (inner,)}
+
+
+def mamba2_keys(c: dict, side: dict) -> dict:
+    ssm, inner, shared = side["ssm_cfg"], side["d_inner"], side["d_xb"]
+    heads = ssm["ngroups"]
+    mixed = 3 * inner if ssm.get("repeat_kv_before_conv") else inner + 2 * shared
+    keys = {"in_proj.weight": (2 * inner + 2 * shared + heads, D), "out_proj.weight": (D, inner), "norm.weight": (inner,)}
+    keys |= {"conv1d.weight": (mixed, 1, 4), "conv1d.bias": (mixed,), "A_log": (heads,), "dt_bias": (heads,), "D": (heads,)}
+    return biased(keys, "in_proj", "out_proj") if ssm.get("bias") else keys
+
+
+def mamba_keys(c: dict, side: dict) -> dict:
+    ssm, shared = side["ssm_cfg"], side["d_xb"]
+    rank, mixed = ssm.get("dt_rank", 2), D if ssm.get("repeat_kv_before_conv", True) else shared
+    keys = {"in_proj_x.weight": (shared, D), "B_proj.weight": (shared, D), "C_proj.weight": (D, D), "in_proj_z.weight": (D, D)}
+    keys |= {"dt_proj_down.weight": (rank, D), "dt_proj.weight": (D, rank), "dt_proj.bias": (D,), "out_proj.weight": (D, D)}
+    keys |= {"A_log": (D, ssm["d_state"]), "D": (D,), "conv1d.weight": (mixed, 1, 4)}
+    return keys | ({"conv1d.bias": (mixed,)} if ssm.get("conv_bias", True) else {})
+
+
+def attention_keys(c: dict, side: dict | None) -> dict:
+    shared = D * c["num_key_value_heads"] // c["num_attention_heads"]
+    return {f"{name}_proj.weight": (shared if name in "kv" else D, D) for name in "qkvo"}
+
+
+KEYS = {"llamba": llamba_keys, "mamba2_in_llama": mamba2_keys, "mamba_in_llama": mamba_keys}
+
+
+def kind_of(case: str, index: int) -> tuple[str, str]:
+    """What layer `index` is, and under which name its tensors lie."""
+    layout, _, side = CASES[case]
+    if side is not None and index in side["attn_layers"]:
+        return "attention", "self_attn"
+    return layout, "mixer" if layout == "llamba" else "mamba"
+
+
+def keys_of(case: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a model."""
+    layout, c, side = CASES[case]
+    keys = {}
+    for i in range(L):
+        kind, name = kind_of(case, i)
+        mixer = attention_keys(c, side) if kind == "attention" else KEYS[kind](c, side)
+        mlp = {"gate_proj.weight": (INNER, D), "up_proj.weight": (INNER, D), "down_proj.weight": (D, INNER)}
+        if c.get("mlp_cfg", MLP)["bias"]:
+            mlp = biased(mlp, "gate_proj", "up_proj", "down_proj")
+        keys |= {f"layers.{i}.{name}.{key}": shape for key, shape in mixer.items()}
+        keys |= {f"layers.{i}.mlp.{key}": shape for key, shape in mlp.items()}
+        keys |= {f"layers.{i}.{part}_layernorm.weight": (D,) for part in ("input", "post_attention")}
+    ends = {"embedding.weight": (VOCABULARY, D), "final_layernorm.weight": (D,)}
+    if layout != "llamba":
+        ends = {"embed_tokens.weight": (VOCABULARY, D), "norm.weight": (D,)}
+    body = "backbone." if layout == "llamba" else "model."
+    tied = c.get("tie_embeddings", c.get("tie_word_embeddings"))
+    return {body + key: shape for key, shape in (keys | ends).items()} | ({} if tied else {"lm_head.weight": (VOCABULARY, D)})
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """case -> config, the file beside it, tensors, the folder they lie in."""
+
+    def make(case: str, changes: dict | None = None, beside: dict | None = None):
+        _, config, side = CASES[case]
+        config, tensors = config | (changes or {}), drawn(keys_of(case))
+        save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        if side is not None:
+            side = side | (beside or {})
+            (tmp_path / BESIDE).write_text(json.dumps(side))
+        return config, side, tensors, tmp_path
+
+    return make
+
+
+# -- what they compute -------------------------------------------------------------------------------------------------
+
+
+def convolved(w: Weights, x: torch.Tensor, name: str = "conv1d") -> torch.Tensor:
+    kernel = w[f"{name}.weight"]
+    return F.conv1d(F.pad(x.mT, (kernel.shape[-1] - 1, 0)), kernel, w.get(f"{name}.bias"), groups=len(kernel)).mT
+
+
+def llamba(w: Weights, x, c: dict, side: dict | None) -> torch.Tensor:
+    """MOHAWK's discrete Mamba-2 (arXiv:2408.10189): the kernel's step is softplus(a), by which x was divided before."""
+    ssm = c["ssm_cfg"]
+    inner, heads, shared = D * ssm["expand"], ssm["n_v_heads"], ssm["n_qk_heads"] * ssm["d_state"]
+    mixed, z, a = w.linear("in_proj", x).split([inner + 2 * shared, inner, heads], -1)
+    mixed = convolved(w, mixed)
+    mixed = F.silu(mixed) if ssm["activation"] == "silu" else mixed
+    v, b, read = mixed.split([inner, shared, shared], -1)
+    v, b, read = v.unflatten(-1, (heads, -1)), *(t.unflatten(-1, (ssm["n_qk_heads"], -1)) for t in (b, read))
+    step, repeat = F.softplus(a)[..., None], heads // ssm["n_qk_heads"]
+    b, read = (t.repeat_interleave(repeat, 2) for t in (b, read))
+    y = recur(read * ssm["d_state"] ** 0.5, b, step * (v / step), (-step).exp()) + w["D"][:, None] * v
+    bias = 0 if ssm["bias"] else w["z_bias"]
+    return w.linear("out_proj", y.flatten(-2) * F.silu(z + bias))
+
+
+def mamba2(w: Weights, x, c: dict, side: dict) -> torch.Tensor:
+    ssm, inner, shared = side["ssm_cfg"], side["d_inner"], side["d_xb"]
+    heads, states = ssm["ngroups"], ssm["d_state"]
+    z, u, b, read, dt = w.linear("in_proj", x).split([inner, shared, shared, inner, heads], -1)
+
+    def repeated(t: torch.Tensor) -> torch.Tensor:
+        return t.unflatten(-1, (-1, states)).repeat_interleave(inner // shared, 2).flatten(-2)
+
+    if ssm.get("repeat_kv_before_conv"):
+        u, b, read = F.silu(convolved(w, torch.cat([repeated(u), repeated(b), read], -1))).split(inner, -1)
+    else:
+        u, b, read = F.silu(convolved(w, torch.cat([u, b, read], -1))).split([shared, shared, inner], -1)
+        u, b = repeated(u), repeated(b)
+    u, b, read = (t.unflatten(-1, (heads, -1)) for t in (u, b, read))
+    step = F.softplus(dt + w["dt_bias"])
+    y = recur(read * states**0.5, b, step[..., None] * u, (-step * w["A_log"].exp()).exp()[..., None]) + w["D"][:, None] * u
+    y = rms(y * F.silu(z).unflatten(-1, (heads, -1))).flatten(-2) * w["norm.weight"]
+    return w.linear("out_proj", y)
+
+
+def mamba(w: Weights, x, c: dict, side: dict) -> torch.Tensor:
+    """The bias of the step counts twice in their code."""
+    ssm, shared, states = side["ssm_cfg"], side["d_xb"], side["ssm_cfg"]["d_state"]
+
+    def repeated(t: torch.Tensor) -> torch.Tensor:
+        return t.unflatten(-1, (-1, states)).repeat_interleave(D // shared, 2).flatten(-2)
+
+    u = w.linear("in_proj_x", x)
+    u = F.silu(convolved(w, repeated(u))) if ssm.get("repeat_kv_before_conv", True) else repeated(F.silu(convolved(w, u)))
+    b, read = (t.unflatten(-1, (-1, states)).repeat_interleave(states, 2) for t in (repeated(w.linear("B_proj", x)), w.linear("C_proj", x)))
+    step = F.softplus(w.linear("dt_proj", w.linear("dt_proj_down", x)) + w["dt_proj.bias"])
+    hidden, out = torch.zeros_like(b[:, 0]), []
+    for t in range(x.shape[1]):
+        dt = step[:, t, :, None]
+        hidden = (-dt * w["A_log"].exp()).exp() * hidden + dt * u[:, t, :, None] * b[:, t]
+        out.append((hidden * read[:, t]).sum(-1) + w["D"] * u[:, t])
+    return w.linear("out_proj", torch.stack(out, 1) * F.silu(w.linear("in_proj_z", x)))
+
+
+def attention(w: Weights, x, c: dict, side: dict) -> torch.Tensor:
+    said = {"num_heads": c["num_attention_heads"], "num_kv_heads": c["num_key_value_heads"], "rope_theta": c["rope_theta"]}
+    window = c.get("sliding_window")
+    return transformer(w, x, said | ({"window_size": window} if window else {}), 0)
+
+
+MIXERS = {"llamba": llamba, "mamba2_in_llama": mamba2, "mamba_in_llama": mamba, "attention": attention}
+
+
+def logits_of(case: str, c: dict, side: dict | None, tensors: dict, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The whole model."""
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    body, names = ("backbone.", ("embedding", "final_layernorm")) if "ssm_cfg" in c else ("model.", ("embed_tokens", "norm"))
+    x = tensors[f"{body}{names[0]}.weight"][ids]
+    for index in range(L):
+        w = Weights(tensors, f"{body}layers.{index}.")
+        kind, name = kind_of(case, index)
+        x = x + MIXERS[kind](Weights(tensors, f"{body}layers.{index}.{name}."), rms(x, w["input_layernorm.weight"]), c, side)
+        y = rms(x, w["post_attention_layernorm.weight"])
+        x = x + w.linear("mlp.down_proj", F.silu(w.linear("mlp.gate_proj", y)) * w.linear("mlp.up_proj", y))
+    head = tensors.get("lm_head.weight", tensors[f"{body}{names[0]}.weight"])
+    return F.linear(rms(x, tensors[f"{body}{names[1]}.weight"]), head)
+
+
+# -- tests -------------------------------------------------------------------------------------------------------------
+
+
+@every_case
+@torch.no_grad()
+def test_logits_follow_the_published_formulas(checkpoint, case):
+    config, side, tensors, folder = checkpoint(case)
+    ids = torch.randint(0, VOCABULARY, (2, 19), generator=torch.Generator().manual_seed(1))
+    plain, exact = (logits_of(case, config, side, tensors, ids, dtype) for dtype in (torch.float32, torch.float64))
+    assert_close(zoo.from_pretrained(folder)(ids).logits, plain, exact, "logits")
+
+
+@every_case
+def test_written_back_it_is_what_it_was(checkpoint, case, tmp_path):
+    config, side, tensors, folder = checkpoint(case)
+    ours, report = zoo.from_pretrained(folder, output_loading_info=True)
+    assert not report.fresh and not report.dropped
+    assert set(report.taken) | {name for names in report.transformed.values() for name in names} == set(tensors)
+    unknown = {} if side is None else {"max_position_embeddings": 128}  # to us, who need no table
+    ours.save_pretrained(tmp_path / "back", layout=CASES[case][0], **unknown)
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    if case.startswith("llamba"):  # their config knows no more than this
+        config = {name: config[name] for name in ("mlp_cfg", "ssm_cfg", "tie_embeddings", *LLAMBA)}
+        written["ssm_cfg"] = {name: written["ssm_cfg"][name] for name in config["ssm_cfg"]}
+    else:
+        written["rope_theta"] = written["rope_parameters"]["rope_theta"]
+    assert {name: written.get(name) for name in config} == config
+    if side is not None:
+        assert json.loads((tmp_path / "back" / BESIDE).read_text()) == {"d_inner": D} | side
+    again = zoo.from_pretrained(tmp_path / "back")
+    assert again.config.to_dict() | {"_name_or_path": ""} == ours.config.to_dict() | {"_name_or_path": ""}
+
+
+@pytest.mark.parametrize(
+    "case, changes, beside, message",
+    [
+        ("llamba", {"lm_head_bias": True}, None, "llamba with lm_head_bias=True"),
+        ("llamba", {"norm_epsilon": 1e-6}, None, "llamba with norm_epsilon=1e-06"),
+        ("llamba", {"ssm_cfg": {"n_qk_heads": 4, "activation": "gelu"}}, None, "llamba with activation='gelu'"),
+        ("llamba", {"ssm_cfg": {"n_qk_heads": 4, "rmsnorm": True}}, None, "rmsnorm"),
+        ("mamba2_in_llama", {"attention_bias": True}, None, "attention_bias=True"),
+        ("mamba2_in_llama", {"rms_norm_eps": 1e-6}, {"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06"),
+        ("mamba2_in_llama", {}, {"n_layer": 4}, "n_layer=4, config.json num_hidden_layers=3"),
+        ("mamba2_in_llama", {}, {"ssm_cfg": {"ngroups": 4, "d_state": 8, "rmsnorm": False}}, "rmsnorm=False"),
+        ("mamba2_in_llama", {}, {"ssm_cfg": {"ngroups": 4, "d_state": 8, "wild": 1}}, "wild"),
+        ("mamba2_in_llama", {}, {"ssm_cfg": {"ngroups": 3, "d_state": 8}}, "d_inner=32 must be ngroups=3 times d_state=8"),
+        ("mamba_in_llama", {}, {"ssm_cfg": {"d_state": 4, "proj_x_bias": True}}, "proj_x_bias=True"),
+    ],
+)  # fmt: skip
+def test_what_we_cannot_express_is_refused(checkpoint, case, changes, beside, message):
+    *_, folder = checkpoint(case, changes, beside)
+    with pytest.raises(ValueError, match=message):
+        zoo.from_pretrained(folder)
