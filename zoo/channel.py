@@ -44,23 +44,29 @@ class ChannelMixer(Layer):
 
 @register_channel_mixer("swiglu")
 class GatedMLP(ChannelMixer):
-    """`down(act(gate(x)) * up(x))` (Shazeer 2020, arXiv:2002.05202). Default width: 8/3 D rounded up to a multiple of 64."""
+    """`down(act(c gate(x)) * up(x))`, c being `gate_scale` (Shazeer 2020, arXiv:2002.05202).
+
+    Default width: 8/3 D rounded up to a multiple of 64.
+    """
 
     lora_targets = ("gate_proj", "up_proj", "down_proj")
 
     def __init__(
-        self, config: ZooConfig, *, act: str = "silu", bias: bool = False, intermediate_size: int | None = None, width: int | None = None
-    ):
+        self, config: ZooConfig, *, act: str = "silu", bias: bool = False, intermediate_size: int | None = None, width: int | None = None,
+        gate_scale: float = 1.0,
+    ):  # fmt: skip
         super().__init__()
         width = width or config.hidden_size
         inner = intermediate_size or config.intermediate_size or -(-8 * width // 3 // 64) * 64
-        self.act = activation(act)
+        self.act, self.gate_scale = activation(act), gate_scale
         self.gate_proj = nn.Linear(width, inner, bias=bias)
         self.up_proj = nn.Linear(width, inner, bias=bias)
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x)), {}
+        gate = self.gate_proj(x)
+        gate = gate if self.gate_scale == 1.0 else gate * self.gate_scale
+        return self.down_proj(self.act(gate) * self.up_proj(x)), {}
 
 
 @register_channel_mixer("mlp")
