@@ -14,12 +14,13 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from zoo import ops
-from zoo.config import ZooConfig
+from zoo.config import ZooConfig, nearest
 from zoo.fla import GATED_MLP, SHELL, UNFUSED, fla_layout, layer
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
 from zoo.layers import GatedNorm, merge_heads, rotary_table, rotate, split_heads, token_positions
+from zoo.layout import Layout, Pattern, Rule, rename
 from zoo.mixer import Mixer, State
 from zoo.registry import register
 
@@ -89,26 +90,127 @@ class RetNetMixer(Mixer):
         return self.out_proj(merge_heads(self.norm(o, gate))), {"memory": memory, "length": added if seen is None else seen + added}
 
 
-LAYOUTS = (
-    fla_layout(
-        "retnet",
-        "RetNet",
-        (
-            layer("attn.{q,k,v,g,o}_proj.weight", "mixer.{q,k,v,gate,out}_proj.weight"),
-            layer("attn.g_norm_swish_gate.weight", "mixer.norm.weight"),
-            *GATED_MLP,
-            *SHELL,
-        ),
-        same={"num_heads": "num_heads", "value_ratio": "expand_v", "norm_weight": "elementwise_affine"},
-        defaults={"num_heads": 8, "expand_v": 2.0, "elementwise_affine": True, "hidden_ratio": 2},
-        only={
-            "expand_k": (1.0,), "num_kv_heads": (None,), "feature_map": (None,), "use_short_conv": (False,),
-            "use_output_gate": (True,),
-        },
-        read=lambda foreign: {"rope_inclusive": False},
-        aliases=(UNFUSED,),
-        trials={"plain": {"num_heads": 4, "expand_v": 1.5}, "weightless": {"num_heads": 2, "elementwise_affine": False}},
+FLA = fla_layout(
+    "retnet",
+    "RetNet",
+    (
+        layer("attn.{q,k,v,g,o}_proj.weight", "mixer.{q,k,v,gate,out}_proj.weight"),
+        layer("attn.g_norm_swish_gate.weight", "mixer.norm.weight"),
+        *GATED_MLP,
+        *SHELL,
     ),
+    same={"num_heads": "num_heads", "value_ratio": "expand_v", "norm_weight": "elementwise_affine"},
+    defaults={"num_heads": 8, "expand_v": 2.0, "elementwise_affine": True, "hidden_ratio": 2},
+    only={
+        "expand_k": (1.0,), "num_kv_heads": (None,), "feature_map": (None,), "use_short_conv": (False,),
+        "use_output_gate": (True,),
+    },
+    read=lambda foreign: {"rope_inclusive": False},
+    aliases=(UNFUSED,),
+    trials={"plain": {"num_heads": 4, "expand_v": 1.5}, "weightless": {"num_heads": 2, "elementwise_affine": False}},
+)  # fmt: skip
+
+
+DEFAULTS = {
+    "decoder_embed_dim": 768, "decoder_value_embed_dim": 1280, "decoder_retention_heads": 3, "decoder_ffn_embed_dim": 1280,
+    "decoder_layers": 12, "activation_fn": "gelu", "layernorm_eps": 1e-6, "no_scale_embedding": True, "layernorm_embedding": False,
+    "share_decoder_input_output_embed": False, "vocab_size": -1, "architectures": ["ForCausalLM"],
+}  # fmt: skip
+ONLY = {"decoder_normalize_before": True, "deepnorm": False, "moe_freq": 0, "multiway": False, "no_output_layer": False}
+PASSED = {  # what steers training, chooses between forms of the same function, or belongs to other models
+    "dropout", "drop_path_rate", "activation_dropout", "subln", "max_target_positions", "checkpoint_activations", "fsdp", "ddp_rank",
+    "chunkwise_recurrent", "recurrent_chunk_size", "rel_pos_buckets", "max_rel_pos", "xpos_rel_pos", "xpos_scale_base",
+    "moe_top1_expert", "moe_expert_count", "moe_gating_use_fp32", "moe_eval_capacity_token_fraction", "moe_second_expert_policy",
+    "moe_normalize_gate_prob_before_dropping", "use_xmoe", "encoder_normalize_before",
+}  # fmt: skip
+SAME = {
+    "hidden_size": "decoder_embed_dim", "num_heads": "decoder_retention_heads", "intermediate_size": "decoder_ffn_embed_dim",
+    "num_hidden_layers": "decoder_layers", "norm_eps": "layernorm_eps", "embedding_norm": "layernorm_embedding",
+    "tie_word_embeddings": "share_decoder_input_output_embed", "vocab_size": "vocab_size",
+}  # fmt: skip
+ACTIVATIONS = {"swish": "silu", "gelu": "gelu", "relu": "relu"}
+
+
+def read_torchscale(foreign: dict) -> dict:
+    """Our fields for the arguments of a RetNetConfig of torchscale."""
+    if unknown := {name for name in foreign.keys() - DEFAULTS.keys() - ONLY.keys() - PASSED if not name.startswith("_")}:
+        raise ValueError(f"a RetNetConfig of torchscale has no field {sorted(unknown)[0]!r}{nearest(min(unknown), DEFAULTS)}")
+    for name, value in ONLY.items():
+        if foreign.get(name, value) != value:
+            raise ValueError(f"a torchscale RetNet with {name}={foreign[name]!r} is not supported, only {name}={value!r}")
+    if foreign["activation_fn"] not in ACTIVATIONS:
+        raise ValueError(f"activation_fn {foreign['activation_fn']!r} is not supported; known: {', '.join(ACTIVATIONS)}")
+    width, values = foreign["decoder_embed_dim"], foreign["decoder_value_embed_dim"]
+    ratio = values / width if int(width * (values / width)) == values else (values + 0.5) / width  # it is rounded down
+    return {own: foreign[name] for own, name in SAME.items()} | {
+        "value_ratio": ratio, "norm": "rmsnorm", "norm_weight": False, "channel_mixer": "swiglu",
+        "channel_args": {"act": ACTIVATIONS[foreign["activation_fn"]]},
+        "embedding_scale": 1.0 if foreign["no_scale_embedding"] else width**0.5,
+    }  # fmt: skip
+
+
+def write_torchscale(config: RetNetConfig) -> dict:
+    """The inverse."""
+    act = (config.channel_args or {}).get("act", "silu")
+    return {name: getattr(config, own) for own, name in SAME.items()} | {
+        "decoder_value_embed_dim": int(config.hidden_size * config.value_ratio),
+        "activation_fn": {own: theirs for theirs, own in ACTIVATIONS.items()}.get(act, act),
+        "no_scale_embedding": config.embedding_scale == 1.0,
+    }  # fmt: skip
+
+
+def paired(foreign: str, own: str) -> Rule:
+    """A projection to heads that turn channels 2 i and 2 i + 1 together, where ours turn i and i + K / 2."""
+    return Rule(
+        (Pattern(foreign),), (Pattern(own),),
+        lambda x, shapes, config: [x[0].unflatten(0, (config.num_heads, -1, 2)).transpose(1, 2).flatten(0, 2)],
+        lambda x, config: [x[0].unflatten(0, (config.num_heads, 2, -1)).transpose(1, 2).flatten(0, 2)],
+    )  # fmt: skip
+
+
+def tables(config: RetNetConfig) -> list[Tensor]:
+    """The angles and log-decays that torchscale stores beside the weights."""
+    angles = 1.0 / 10000 ** torch.linspace(0, 1, config.hidden_size // config.num_heads // 2)
+    return [angles.repeat_interleave(2), torch.log(1 - 2 ** (-5 - torch.arange(config.num_heads, dtype=torch.float32)))]
+
+
+def without_tables(x: list[Tensor], shapes, config: RetNetConfig) -> list[Tensor]:
+    """The last norm's weight; the stored tables must be those we compute."""
+    norm, *stored = x
+    for own, theirs in zip(tables(config), stored, strict=True):
+        if own.shape != theirs.shape or not torch.allclose(own, theirs.float(), rtol=1e-2, atol=0):
+            raise ValueError("the stored angles or decays are not those of the paper, the only ones supported")
+    return [norm]
+
+
+TORCHSCALE = Layout(
+    "retnet-torchscale", (), read_torchscale, write_torchscale, prefix="", file="pytorch_model.bin",
+    matches=lambda foreign: "decoder_retention_heads" in foreign,
+    complete=lambda foreign: DEFAULTS | foreign,
+    rules=(
+        rename("embed_tokens.weight", "model.embed_tokens.weight"),
+        rename("layernorm_embedding.weight", "model.embed_norm.weight"),
+        layer("{retention_layer_norm,final_layer_norm}.weight", "{mixer,channel}_norm.weight", "layers.{}."),
+        paired("layers.{}.retention.{q,k}_proj.weight", "model.layers.{}.mixer.{q,k}_proj.weight"),
+        layer("retention.{v,g,out}_proj.weight", "mixer.{v,gate,out}_proj.weight", "layers.{}."),
+        layer("ffn.{fc1,gate,fc2}.weight", "channel_mixer.{gate,up,down}_proj.weight", "layers.{}."),
+        Rule(
+            tuple(map(Pattern, ("layer_norm.weight", "retnet_rel_pos.angle", "retnet_rel_pos.decay"))), (Pattern("model.norm.weight"),),
+            without_tables, lambda x, config: [x[0], *(table.to(x[0].dtype) for table in tables(config))],
+        ),
+        rename("output_projection.weight", "lm_head.weight"),
+        rename("score.{weight,bias}", "score.{weight,bias}"),
+    ),
+    trials={
+        name: {"decoder_embed_dim": 32, "decoder_ffn_embed_dim": 44, "decoder_layers": 2, "vocab_size": 97} | fields
+        for name, fields in {
+            "plain": {"decoder_retention_heads": 4, "decoder_value_embed_dim": 52},
+            "tied": {"decoder_retention_heads": 2, "decoder_value_embed_dim": 32, "share_decoder_input_output_embed": True,
+                     "activation_fn": "swish"},
+            "scaled": {"decoder_retention_heads": 2, "decoder_value_embed_dim": 48, "layernorm_embedding": True,
+                       "no_scale_embedding": False, "layernorm_eps": 1e-3},
+        }.items()
+    },
 )  # fmt: skip
 
 
@@ -124,5 +226,5 @@ register(
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24, num_heads=8),
         "2.7b": dict(hidden_size=2560, num_hidden_layers=32, num_heads=10),
     },
-    layouts=LAYOUTS,
+    layouts=(FLA, TORCHSCALE),
 )

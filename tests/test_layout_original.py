@@ -298,3 +298,84 @@ def test_both_layouts_of_rwkv_lead_to_one_model(tmp_path, name):
             assert torch.equal(again[f"{layer}{letter}_lora.lora.0.weight"], tensors[f"blocks.1.att.{letter}1"].t())
             assert torch.equal(again[f"{layer}{letter}_lora.lora.2.weight"], tensors[f"blocks.1.att.{letter}2"].t())
         assert torch.equal(again["model.layers.1.ffn.x_k"], tensors["blocks.1.ffn.x_k"].flatten())
+
+
+# -- RetNet: torchscale ------------------------------------------------------------------------------------------------------
+
+SIZES = {"decoder_embed_dim": D, "decoder_layers": L, "decoder_ffn_embed_dim": 20, "vocab_size": VOCABULARY, "activation_fn": "swish"}
+HEADS = {"decoder_retention_heads": 2, "decoder_value_embed_dim": 24}
+
+
+def retnet_tensors() -> dict[str, torch.Tensor]:
+    """Documented names and shapes of a tiny model, and the two tables beside them."""
+    layer = {f"retention.{name}_proj.weight": (D, D) for name in "qk"} | {f"retention.{name}_proj.weight": (24, D) for name in "vg"}
+    layer |= {"retention.out_proj.weight": (D, 24), "ffn.fc1.weight": (20, D), "ffn.gate.weight": (20, D), "ffn.fc2.weight": (D, 20)}
+    layer |= {"retention_layer_norm.weight": (D,), "final_layer_norm.weight": (D,)}
+    keys = {f"layers.{i}.{name}": shape for i in range(L) for name, shape in layer.items()}
+    keys |= {"embed_tokens.weight": (VOCABULARY, D), "layer_norm.weight": (D,), "output_projection.weight": (VOCABULARY, D)}
+    angle = 1.0 / 10000 ** torch.linspace(0, 1, D // 4)
+    tables = {"angle": angle.repeat_interleave(2), "decay": torch.log(1 - 2 ** (-5 - torch.arange(2.0)))}
+    return drawn(keys) | {f"retnet_rel_pos.{name}": table for name, table in tables.items()}
+
+
+def retnet(tensors: dict, tokens: torch.Tensor, eps: float, rescaled: bool) -> torch.Tensor:
+    """Logits of one text by retention's parallel form (arXiv:2307.08621, eq. 5), with or without the factors of section 2.2."""
+
+    def norm(x, weight=1.0):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+    time = torch.arange(len(tokens))
+    decay = torch.tril(torch.exp((time[:, None] - time) * tensors["retnet_rel_pos.decay"][:, None, None]))
+    if rescaled:
+        decay = decay / decay.sum(-1, keepdim=True).sqrt()
+    turn = torch.polar(torch.ones(()), time[:, None] * tensors["retnet_rel_pos.angle"][::2])
+    x = tensors["embed_tokens.weight"][tokens]
+    for i in range(L):
+        mine = {name.removeprefix(f"layers.{i}."): t for name, t in tensors.items() if name.startswith(f"layers.{i}.")}
+        inner = norm(x, mine["retention_layer_norm.weight"])
+        q, k, v, gate = (
+            (inner @ mine[f"retention.{name}_proj.weight"].T).unflatten(-1, (2, -1)).transpose(0, 1).contiguous() for name in "qkvg"
+        )
+        q, k = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) * turn for t in (q, k))  # neighbouring channels turn together
+        scores = (q @ k.mH).real * decay / (D // 2) ** 0.5
+        if rescaled:
+            scores = scores / scores.sum(-1, keepdim=True).abs().clamp(min=1)
+        y = (F.silu(gate) * norm(scores @ v)).transpose(0, 1).flatten(1)
+        x = x + y @ mine["retention.out_proj.weight"].T
+        inner = norm(x, mine["final_layer_norm.weight"])
+        x = x + (F.silu(inner @ mine["ffn.fc1.weight"].T) * (inner @ mine["ffn.gate.weight"].T)) @ mine["ffn.fc2.weight"].T
+    return norm(x, tensors["layer_norm.weight"]) @ tensors["output_projection.weight"].T
+
+
+@pytest.mark.parametrize("eps, rescaled", [(1e-3, False), (1e-12, True)])
+@torch.no_grad()
+def test_the_authors_retnet(tmp_path, eps, rescaled):
+    """The factors that rescale scores cancel in the norm, but for its epsilon."""
+    config, tensors = SIZES | HEADS | {"layernorm_eps": eps, "dropout": 0.1}, retnet_tensors()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours, report = zoo.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(ours).__name__ == "RetNetForCausalLM" and not report.fresh and not report.dropped
+    assert_parity(ours(ids()[:1]).logits[0], retnet(tensors, ids()[0], eps, rescaled))
+    ours.save_pretrained(tmp_path / "back", layout="retnet-torchscale")
+    back = torch.load(tmp_path / "back" / "pytorch_model.bin", weights_only=True)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"deepnorm": True}, "deepnorm=True is not supported"),
+        ({"decoder_normalize_before": False}, "decoder_normalize_before=False is not supported"),
+        ({"moe_freq": 2}, "moe_freq=2 is not supported"),
+        ({"multiway": True}, "multiway=True is not supported"),
+        ({"activation_fn": "tanh"}, "activation_fn 'tanh' is not supported"),
+        ({"decoder_layer": 3}, "no field 'decoder_layer' .did you mean 'decoder_layers'"),
+        ({"decoder_retention_heads": 4}, "angles or decays are not those of the paper"),
+    ],
+)
+def test_what_the_authors_retnet_cannot_be_is_refused(tmp_path, changes, message):
+    torch.save(retnet_tensors(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(SIZES | HEADS | changes))
+    with pytest.raises(ValueError, match=message):
+        zoo.from_pretrained(tmp_path)
