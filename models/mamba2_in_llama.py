@@ -26,6 +26,7 @@ class Mamba2InLlamaConfig(DistilledConfig):
     """One field beside those of `DistilledConfig`."""
 
     model_type = "zoo_mamba2_in_llama"
+    teacher = "transformer"
 
     bias: bool = False  # biases of the two projections
 
@@ -74,7 +75,7 @@ class Mamba2InLlamaMixer(SSDMixer):
 
 LAYER, THEIRS = "model.layers.{}.mixer.", "model.layers.{}.mamba."
 LAYOUT = beside_layout(
-    "mamba2_in_llama",
+    Mamba2InLlamaConfig,
     (
         rename(THEIRS + "{in,out}_proj.{weight,bias}", LAYER + "{in,out}_proj.{weight,bias}"),
         rename(THEIRS + "{A_log,D,dt_bias,norm.weight}", LAYER + "{A_log,D,dt_bias,norm.weight}"),

@@ -32,6 +32,7 @@ class MambaInLlamaConfig(DistilledConfig):
     """Other sizes than those of `DistilledConfig`, and one more."""
 
     model_type = "zoo_mamba_in_llama"
+    teacher = "transformer"
 
     num_heads: int = 256
     num_kv_heads: int = 64
@@ -97,7 +98,7 @@ class MambaInLlamaMixer(Mixer):
 
 LAYER, THEIRS = "model.layers.{}.mixer.", "model.layers.{}.mamba."
 LAYOUT = beside_layout(
-    "mamba_in_llama",
+    MambaInLlamaConfig,
     (
         rename(THEIRS + "{in_proj_x,B_proj,C_proj,in_proj_z}.weight", LAYER + "{x_proj,B_proj,C_proj,gate_proj}.weight"),
         rename(THEIRS + "{dt_proj_down,dt_proj,out_proj}.weight", LAYER + "{dt_down,dt_proj,out_proj}.weight"),

@@ -7,6 +7,7 @@ transformer's config.json, and the state spaces' sizes in a file beside it.
 
 from collections.abc import Callable
 from functools import partial
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
@@ -25,7 +26,9 @@ ROTARY = ("rope_theta", "rope_scaling")
 
 @strict
 class DistilledConfig(ZooConfig):
-    """Sizes of the state spaces, and the layers that still attend."""
+    """Sizes of the state spaces, and the layers that still attend; a subclass names their architecture, the teacher's."""
+
+    teacher: ClassVar[str]
 
     num_heads: int = 32  # H, of C and of memories
     num_kv_heads: int = 8  # G, of x and B
@@ -33,7 +36,7 @@ class DistilledConfig(ZooConfig):
     conv_kernel: int = 4  # W, tokens seen by the short convolution
     conv_bias: bool = True
     repeat_first: bool = False  # x (and B) get H heads before the convolution instead of behind it
-    attention: dict | None = None  # fields of TransformerConfig that differ from those of Llama 3 8B
+    attention: dict | None = None  # fields of the teacher's config that differ from those of Llama 3 8B
     attention_layers: list[int] | None = None  # None: no layer attends
 
     def __post_init__(self, **kwargs):
@@ -44,11 +47,15 @@ class DistilledConfig(ZooConfig):
         """Heads must share x and B evenly."""
         self.divide("num_heads", "num_kv_heads")
 
+    def attending(self) -> ZooConfig:
+        """The config of a layer that attends."""
+        return get(self.teacher).config(**self.shared_fields() | self.attention)
+
     def layer_configs(self) -> list[ZooConfig]:
         attending = set(self.attention_layers or [])
         if not attending:
             return super().layer_configs()
-        attention = get("transformer").config(**self.shared_fields() | self.attention)
+        attention = self.attending()
         return [attention if index in attending else self for index in range(self.num_hidden_layers)]
 
 
@@ -84,7 +91,7 @@ def read_fields(foreign: dict, ssm: dict, same: dict, only: dict, outside: dict,
 
 def write_fields(config: DistilledConfig, ssm: dict, same: dict) -> dict:
     """The inverse of `read_fields`."""
-    attention = get("transformer").config(**config.shared_fields() | config.attention)
+    attention = config.attending()
     foreign = write_teacher(attention) | {"head_dim": attention.head_dim}
     if attention.window is not None:
         foreign |= {"model_type": "mistral", "sliding_window": attention.window}
@@ -109,12 +116,12 @@ def write_fields(config: DistilledConfig, ssm: dict, same: dict) -> dict:
 
 
 def beside_layout(
-    kind: str, rules: tuple[Rule, ...], *, ssm: dict, same: dict, only: dict, matches: Callable[[dict], bool], **outside
+    config: type[DistilledConfig], rules: tuple[Rule, ...], *, ssm: dict, same: dict, only: dict, matches: Callable[[dict], bool], **outside
 ) -> Layout:  # fmt: skip
     """A layout of the authors' for one of their state spaces.
 
     Args:
-        kind: of our architecture, and the layout's name.
+        config: of our architecture, whose name is the layout's too.
         rules: for the keys of the state spaces.
         ssm: what `ssm_cfg` may say, with the defaults, beside what does not matter.
         same: our field -> that of `ssm_cfg` with the same meaning, beside the sizes.
@@ -122,6 +129,8 @@ def beside_layout(
         matches: whether an `ssm_cfg` is for this state space.
         outside: fields of config.json, with the only value that we can express.
     """
+
+    kind = config.model_type.removeprefix("zoo_")
 
     def reads(foreign: dict) -> bool:
         return BESIDE in foreign and matches(foreign[BESIDE].get("ssm_cfg") or {})
@@ -131,7 +140,7 @@ def beside_layout(
         ("llama", "mistral"),
         partial(read_fields, ssm=ssm, same=same, only=only, outside=outside, kind=kind),
         partial(write_fields, ssm=ssm, same=same),
-        (*KEPT, *within("transformer", PROJECTIONS), *within(kind, *rules)),
+        (*KEPT, *within(config.teacher, PROJECTIONS), *within(kind, *rules)),
         matches=reads,
         beside=(BESIDE,),
     )
