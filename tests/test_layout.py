@@ -1,135 +1,39 @@
-"""Foreign checkpoints: parity with the library they come from, bits kept both ways, and strictness about every key."""
+"""Foreign checkpoints: rules that undo themselves, strictness about every key, other tasks and files. Parity is test_parity.py's."""
 
 import copy
 import json
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForCausalLM
 
 import zoo
 from zoo import registry
-from zoo.evaluate.closeness import assert_close
-from zoo.layout import Layout, drop, fresh, get_layout, mapped, merge, rename, split, transpose
-
-SIZES = {
-    "vocab_size": 97, "hidden_size": 36, "intermediate_size": 52, "num_hidden_layers": 3, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-STRETCHED = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-BIASED = {"attention_bias": True, "mlp_bias": True}
-CASES = {
-    "llama": ("llama", {}),
-    "llama-tied-biased": (
-        "llama",
-        {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
-    ),
-    "llama-stretched": ("llama", {"rope_parameters": STRETCHED | {"original_max_position_embeddings": 16}, "num_key_value_heads": 6}),
-    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}, "head_dim": 10}),
-    "mistral-window": ("mistral", {"sliding_window": 5}),
-    "mistral": ("mistral", {"sliding_window": None, "head_dim": 14}),
-    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-    "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
-    "qwen3": ("qwen3", {"head_dim": 8, "rms_norm_eps": 1e-3}),
-    "qwen3-biased": ("qwen3", {"head_dim": 8, "attention_bias": True, "num_key_value_heads": 1}),
-}
-FORGOTTEN = {"max_position_embeddings", "_name_or_path", "attention_dropout", "pretraining_tp", "max_window_layers"}
-every_case = pytest.mark.parametrize("case", CASES)
-
-
-def foreign_model(case: str, auto=AutoModelForCausalLM, **more):
-    """A tiny model of transformers with no parameter at a special value."""
-    kind, fields = CASES[case]
-    torch.manual_seed(0)
-    model = auto.from_config(CONFIG_MAPPING[kind](**SIZES | fields | more)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
+from zoo.evaluate.parity import find, foreign_config, make_trial
+from zoo.layout import Layout, drop, fresh, mapped, merge, rename, split, transpose
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """case -> (model of transformers, folder it saved itself to)."""
-    cache = {}
-
-    def get(case: str):
-        if case not in cache:
-            model = foreign_model(case)
-            cache[case] = model, tmp_path_factory.mktemp(case)
-            model.save_pretrained(cache[case][1])
-        return cache[case]
-
-    return get
+def llama(tmp_path_factory):
+    """A tiny model of transformers, saved by it, and ours."""
+    return make_trial(find("llama"), "plain", tmp_path_factory.mktemp("llama"))
 
 
-def token_ids(*shape: int) -> torch.Tensor:
-    return torch.randint(3, SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(1))
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """The same with tied embeddings."""
+    return make_trial(find("qwen2"), "tied", tmp_path_factory.mktemp("qwen2"))
 
 
-def write_config(folder, **changes) -> None:
+def write_config(folder, layout: str, trial: str, **changes) -> None:
+    """The config of a trial with these changes, as transformers would write it."""
+    foreign_config(find(layout), find(layout).trials[trial]).save_pretrained(folder)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@every_case
-@torch.no_grad()
-def test_logits_equal_those_of_transformers(saved, case):
-    theirs, folder = saved(case)
-    ours, ids = zoo.from_pretrained(folder), token_ids(2, 23)
-    assert_close(ours(ids).logits, theirs(ids).logits, copy.deepcopy(theirs).double()(ids).logits, "logits")
-
-
-@every_case
-@torch.no_grad()
-def test_left_padding_and_greedy_continuation_equal_those_of_transformers(saved, case):
-    theirs, folder = saved(case)
-    ours, ids = zoo.from_pretrained(folder), token_ids(2, 11)
-    mask = torch.ones_like(ids)
-    mask[0, :4] = 0
-    given = {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
-    exact = copy.deepcopy(theirs).double()(ids[:1, 4:]).logits[0]
-    assert_close(ours(**given).logits[0, 4:], theirs(**given).logits[0, 4:], exact, "the padded row")
-    options = {"max_new_tokens": 12, "do_sample": False}
-    assert torch.equal(ours.generate(**given, **options), theirs.generate(**given, **options))
-
-
-def check_written_back(theirs, folder, target, layout: str, forgotten: set[str]) -> None:
-    """Saved in its layout again, a model is what it was: transformers reads equal bits, and the config the same but for `forgotten`."""
-    zoo.from_pretrained(folder).save_pretrained(target, layout=layout)
-    again, info = AutoModelForCausalLM.from_pretrained(target, output_loading_info=True)
-    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    before, after = theirs.state_dict(), again.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    old, new = (json.loads((f / "config.json").read_text()) for f in (folder, target))
-    assert not {n: (v, new.get(n)) for n, v in old.items() if n not in forgotten and new.get(n) != v}
-
-
-@every_case
-def test_written_back_it_is_what_it_was(saved, case, tmp_path):
-    theirs, folder = saved(case)
-    check_written_back(theirs, folder, tmp_path, CASES[case][0], FORGOTTEN)
-
-
-@every_case
-def test_every_key_has_one_counterpart(saved, case):
-    theirs, folder = saved(case)
-    ours, report = zoo.from_pretrained(folder, output_loading_info=True)
-    layout = get_layout(registry.get("transformer"), CASES[case][0])
-    tied = {"lm_head.weight"} if ours.config.tie_word_embeddings else set()
-    assert set(report.taken) == set(theirs.state_dict()) - tied
-    assert set(report.taken.values()) == set(ours.state_dict()) - tied
-    assert not (report.transformed or report.fresh or report.dropped)
-    back = layout.to_foreign(ours.state_dict(), ours)
-    assert back.keys() == set(report.taken)
-    there, _ = layout.to_zoo(back, ours)
-    assert all(torch.equal(there[name], tensor) for name, tensor in ours.state_dict().items() if name not in tied)
-
-
-def test_one_key_too_few_too_many_or_misshapen_is_named(saved):
-    theirs, folder = saved("llama")
-    ours, state = zoo.from_pretrained(folder), theirs.state_dict()
-    layout = registry.get("transformer").layouts[0]
+def test_one_key_too_few_too_many_or_misshapen_is_named(llama):
+    ours, state, layout = llama.ours, llama.theirs.state_dict(), llama.layout
     for name in state:
         with pytest.raises(ValueError, match=rf"missing 1: {name}$"):
             layout.to_zoo({n: t for n, t in state.items() if n != name}, ours)
@@ -146,11 +50,9 @@ def test_one_key_too_few_too_many_or_misshapen_is_named(saved):
         layout.to_foreign(own, ours)
 
 
-def test_declared_drops_and_tied_copies_are_reported(saved):
-    theirs, folder = saved("llama-tied-biased")
-    ours = zoo.from_pretrained(folder)
+def test_declared_drops_and_tied_copies_are_reported(tied):
     buffer = "model.layers.1.self_attn.rotary_emb.inv_freq"
-    _, report = registry.get("transformer").layouts[0].to_zoo(theirs.state_dict() | {buffer: torch.zeros(3)}, ours)
+    _, report = tied.layout.to_zoo(tied.theirs.state_dict() | {buffer: torch.zeros(3)}, tied.ours)
     assert report.dropped.keys() == {buffer, "lm_head.weight"}
     assert "rope_theta" in report.dropped[buffer] and "tied" in report.dropped["lm_head.weight"]
 
@@ -216,9 +118,8 @@ def test_rules_that_cannot_be_followed_are_refused():
         registry.register("another", config=config, title="", paper="", **parts)
 
 
-def test_shards_and_pickles_load_and_damage_is_named(saved, tmp_path):
-    theirs, _ = saved("llama")
-    ids = token_ids(1, 5)
+def test_shards_and_pickles_load_and_damage_is_named(llama, tmp_path):
+    theirs, ids = llama.theirs, llama.tokens(1, 5)
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 2
@@ -242,63 +143,23 @@ def test_shards_and_pickles_load_and_damage_is_named(saved, tmp_path):
         zoo.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "case, changes, message",
-    [
-        ("llama", {"model_type": "lama"}, "no layout for checkpoints of model_type 'lama' .did you mean 'llama'"),
-        ("llama", {"hidden_act": "tanh"}, "hidden_act 'tanh'"),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'dynamic' is not supported"),
-        ("qwen2-window", {"max_window_layers": 1, "layer_types": None}, "layer_types mixes"),
-    ],
-)
-def test_what_we_cannot_express_is_refused(tmp_path, case, changes, message):
-    foreign_model(case).save_pretrained(tmp_path)
-    write_config(tmp_path, **changes)
-    with pytest.raises(ValueError, match=message):
-        zoo.from_pretrained(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "fields, layout, message",
-    [
-        ({}, "lama", "'transformer' has no layout 'lama' .did you mean 'llama'"),
-        ({"window": 4}, "llama", "cannot express window=4"),
-        ({"qk_norm": True}, "qwen2", "cannot express qk_norm=True"),
-        ({"softcap": 9.0, "post_norm": True}, "mistral", "cannot express post_norm=True, softcap=9.0"),
-        ({"rope_theta": None}, "qwen3", "rope_theta=None"),
-        ({"qkv_bias": True}, "llama", "cannot express qkv_bias=True"),
-        ({"channel_mixer": "mlp"}, "llama", "cannot express channel_mixer='mlp'"),
-    ],
-)
-def test_what_they_cannot_express_is_refused(tmp_path, fields, layout, message):
-    with pytest.raises(ValueError, match=message):
-        zoo.from_config("transformer-tiny", **fields).save_pretrained(tmp_path / "out", layout=layout)
-    assert not (tmp_path / "out").exists()
-
-
 @torch.no_grad()
-def test_other_tasks_keep_the_body(saved, tmp_path):
-    theirs, folder = saved("llama")
+def test_other_tasks_keep_the_body(llama, tmp_path):
+    folder = llama.folder
     ours, report = zoo.from_pretrained(folder, task="token_classification", output_loading_info=True)
     assert report.fresh == ["score.weight", "score.bias"] and list(report.dropped) == ["lm_head.weight"]
     assert torch.isfinite(ours.score.weight).all() and ours.score.weight.std() > 0 and not ours.score.bias.any()
     base = zoo.from_pretrained(folder, task="base")
-    base.save_pretrained(tmp_path / "base", layout="llama")
-    body, ids = AutoModel.from_pretrained(tmp_path / "base"), token_ids(1, 9)
-    assert all(torch.equal(tensor, theirs.model.state_dict()[name]) for name, tensor in body.state_dict().items())
-    assert torch.equal(zoo.from_pretrained(tmp_path / "base")(ids).last_hidden_state, base(ids).last_hidden_state)
-    judge = foreign_model("qwen3", AutoModelForSequenceClassification, num_labels=5)
-    judge.save_pretrained(tmp_path / "judge")
-    ours = zoo.from_pretrained(tmp_path / "judge")
-    assert type(ours).__name__ == "TransformerForSequenceClassification" and ours.config.num_labels == 5
-    assert_close(ours(ids).logits, judge(ids).logits, copy.deepcopy(judge).double()(ids).logits, "class logits")
+    base.save_pretrained(tmp_path, layout="llama")
+    ids = llama.tokens(1, 9)
+    assert torch.equal(zoo.from_pretrained(tmp_path)(ids).last_hidden_state, base(ids).last_hidden_state)
+    assert torch.equal(AutoModel.from_pretrained(tmp_path).embed_tokens.weight, llama.theirs.model.embed_tokens.weight)
 
 
-def test_dtype_is_honoured(saved, tmp_path):
-    theirs, folder = saved("qwen2-tied")
-    assert zoo.from_pretrained(folder).dtype == torch.float32
-    assert zoo.from_pretrained(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
-    copy.deepcopy(theirs).bfloat16().save_pretrained(tmp_path / "half")
+def test_dtype_is_honoured(tied, tmp_path):
+    assert zoo.from_pretrained(tied.folder).dtype == torch.float32
+    assert zoo.from_pretrained(tied.folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    copy.deepcopy(tied.theirs).bfloat16().save_pretrained(tmp_path / "half")
     ours = zoo.from_pretrained(tmp_path / "half")
     assert ours.dtype == torch.bfloat16 and ours.lm_head.weight is ours.model.embed_tokens.weight
     ours.save_pretrained(tmp_path / "back", layout="qwen2", max_shard_size="10KB", max_position_embeddings=77)

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_layout_hybrids import assert_parity
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig, RwkvConfig
 
 import zoo
+from zoo.evaluate.parity import close
 
 D, L, INNER, VOCABULARY = 16, 2, 32, 40
 BLOCKS = ("mamba", "mamba2")
@@ -58,7 +58,7 @@ def theirs(block: str, tensors: dict, tied: bool = False):
 @torch.no_grad()
 def check_logits(block: str, tensors: dict, ours, tied: bool = False) -> None:
     """Against transformers' model of the same tensors."""
-    assert_parity(ours(ids()).logits, theirs(block, tensors, tied)(ids()).logits)
+    close(ours(ids()).logits, theirs(block, tensors, tied)(ids()).logits, "logits")
 
 
 def original_config(block: str, tied: bool) -> dict:
@@ -220,7 +220,7 @@ def test_rwkv4_equals_transformers(tmp_path):
         return name
 
     model.load_state_dict({rename(name): tensor for name, tensor in tensors.items()})
-    assert_parity(zoo.from_pretrained(tmp_path / "model.pth")(ids()[:1]).logits, model(ids()[:1]).logits)
+    close(zoo.from_pretrained(tmp_path / "model.pth")(ids()[:1]).logits, model(ids()[:1]).logits, "logits")
 
 
 def rwkv5(tensors: dict, tokens: torch.Tensor) -> torch.Tensor:
@@ -257,7 +257,7 @@ def rwkv5(tensors: dict, tokens: torch.Tensor) -> torch.Tensor:
 def test_rwkv5_equals_its_formulas(tmp_path):
     tensors = drawn(rwkv5_keys())
     torch.save(tensors, tmp_path / "model.pth")
-    assert_parity(zoo.from_pretrained(tmp_path / "model.pth")(ids()[:1]).logits[0], rwkv5(tensors, ids()[0]))
+    close(zoo.from_pretrained(tmp_path / "model.pth")(ids()[:1]).logits[0], rwkv5(tensors, ids()[0]), "logits")
 
 
 def test_earlier_versions_of_rwkv5_are_refused(tmp_path):
@@ -356,7 +356,7 @@ def test_the_authors_retnet(tmp_path, eps, rescaled):
     (tmp_path / "config.json").write_text(json.dumps(config))
     ours, report = zoo.from_pretrained(tmp_path, output_loading_info=True)
     assert type(ours).__name__ == "RetNetForCausalLM" and not report.fresh and not report.dropped
-    assert_parity(ours(ids()[:1]).logits[0], retnet(tensors, ids()[0], eps, rescaled))
+    close(ours(ids()[:1]).logits[0], retnet(tensors, ids()[0], eps, rescaled), "logits")
     ours.save_pretrained(tmp_path / "back", layout="retnet-torchscale")
     back = torch.load(tmp_path / "back" / "pytorch_model.bin", weights_only=True)
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensors[name]) for name in tensors)
