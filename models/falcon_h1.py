@@ -23,7 +23,7 @@ from zoo.layout import Layout, rename, squeeze
 from zoo.mixer import Layer, Mixer, State, Traits
 from zoo.registry import register
 from zoo.ssd import SSDMixer
-from zoo.terms import expect, expect_free_steps, inner_size, rope_fields, rope_parameters, same_fields, shell
+from zoo.terms import expect, expect_free_steps, inner_size, rope_parameters, same_fields, shell, whole_rope
 
 MAMBA = dict(
     inner=None, head_dim=64, state_size=256, num_groups=1, conv_kernel=4, conv_bias=True, in_bias=False, out_bias=False, norm=False,
@@ -162,9 +162,7 @@ def from_foreign(foreign: dict) -> dict:
     expect(foreign, mamba_n_heads=mamba["inner"] // mamba["head_dim"])
     if (len(foreign["mlp_multipliers"]), len(foreign["ssm_multipliers"])) != (2, len(PARTS)):
         raise ValueError(f"a falcon_h1 has 2 mlp_multipliers and {len(PARTS)} ssm_multipliers, not other numbers of them")
-    rope, (gate, down) = rope_fields(foreign), map(float, foreign["mlp_multipliers"])
-    if rope.pop("rope_fraction") != 1.0:
-        raise ValueError("a falcon_h1 with partial_rotary_factor other than 1 is not supported")
+    rope, (gate, down) = whole_rope(foreign), map(float, foreign["mlp_multipliers"])
     args = ({"bias": True} if foreign["mlp_bias"] else {}) | ({} if gate == 1.0 else {"gate_scale": gate})
     return same_fields(foreign) | {own: foreign[name] for own, name in NAMES.items()} | rope | {
         "head_dim": foreign.get("head_dim"),

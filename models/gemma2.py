@@ -15,7 +15,7 @@ from zoo.config import ZooConfig
 from zoo.layers import check_rope_scaling
 from zoo.layout import Layout, drop, rename
 from zoo.registry import register
-from zoo.terms import foreign_activation, layers_of, own_activation, rope_fields, rope_parameters, same_fields, shell
+from zoo.terms import foreign_activation, layers_of, own_activation, rope_parameters, same_fields, shell, whole_rope
 
 
 @strict
@@ -89,9 +89,7 @@ def from_gemma2(foreign: dict) -> dict:
         raise ValueError("a gemma2 with use_bidirectional_attention=True is not supported, only a causal one")
     if unknown := set(foreign["layer_types"]) - set(KINDS):
         raise ValueError(f"layer_types has {sorted(unknown)}; a gemma2 has {' and '.join(KINDS)} only")
-    rope = rope_fields(foreign)
-    if rope.pop("rope_fraction") != 1.0:
-        raise ValueError("a gemma2 with partial_rotary_factor other than 1 is not supported")
+    rope = whole_rope(foreign)
     return (
         same_fields(foreign) | {own: foreign[name] for own, name in RENAMED.items()} | rope
         | {"channel_args": {"act": own_activation(foreign["hidden_activation"])}}

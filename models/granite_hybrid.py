@@ -21,7 +21,7 @@ from zoo.layers import check_rope_scaling
 from zoo.layout import Layout, Rule, rename, split, squeeze, stack, within
 from zoo.mixer import Traits
 from zoo.registry import get, register
-from zoo.terms import expect, expect_free_steps, inner_size, layers_of, rope_fields, rope_parameters, same_fields, shell
+from zoo.terms import expect, expect_free_steps, inner_size, layers_of, rope_parameters, same_fields, shell, whole_rope
 
 MAMBA = dict(expand=2.0, head_dim=64, state_size=128, num_groups=1, conv_kernel=4, conv_bias=True, bias=False)
 
@@ -86,9 +86,9 @@ def from_foreign(foreign: dict) -> dict:
     expect(foreign, hidden_act="silu", head_dim=foreign["hidden_size"] // foreign["num_attention_heads"])
     expect(foreign, mamba_n_heads=inner // foreign["mamba_d_head"])
     expect_free_steps(foreign)
-    rope, positions, experts = rope_fields(foreign), foreign["position_embedding_type"], foreign["num_local_experts"]
-    if positions not in ("rope", *NO_ROPE) or rope.pop("rope_fraction") != 1.0:
-        raise ValueError(f"a granitemoehybrid with position_embedding_type={positions!r} or heads that turn in part is not supported")
+    rope, positions, experts = whole_rope(foreign), foreign["position_embedding_type"], foreign["num_local_experts"]
+    if positions not in ("rope", *NO_ROPE):
+        raise ValueError(f"a granitemoehybrid with position_embedding_type={positions!r} is not supported, only 'rope' and None")
     residual, shared = float(foreign["residual_multiplier"]), foreign["shared_intermediate_size"]
     args = {"experts": experts, "top_k": foreign["num_experts_per_tok"], "shared_size": shared}
     return same_fields(foreign) | {

@@ -13,6 +13,7 @@ from zoo.config import ZooConfig
 from zoo.fla import SILU, fla_layout, rounded_up
 from zoo.layout import Rule, rename, squeeze
 from zoo.registry import get, register
+from zoo.terms import inner_size
 
 
 @strict
@@ -100,7 +101,7 @@ def write_samba(config: HybridConfig) -> dict:
     window, mamba = layers[attended[0]], scanned[0]
     said = {name: getattr(window, own) for own, name in WINDOW.items()} | {"num_kv_heads": window.num_kv_heads or window.num_heads}
     sizes = {name: getattr(mamba, own) for own, name in MAMBA.items()} | {"time_step_rank": mamba.step_rank or "auto"}
-    inner = config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64
+    inner = inner_size(config)
     return sizes | {"attn": {"layers": attended} | said, "hidden_ratio": 1.5 * inner / config.hidden_size}
 
 

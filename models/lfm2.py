@@ -19,7 +19,7 @@ from zoo.layers import ShortConv
 from zoo.layout import Layout, rename, squeeze, within
 from zoo.mixer import Mixer, State
 from zoo.registry import get, register
-from zoo.terms import layers_of, rope_fields, rope_parameters, same_fields, shell
+from zoo.terms import inner_size, layers_of, rope_parameters, same_fields, shell, whole_rope
 
 
 @strict
@@ -76,9 +76,7 @@ def from_foreign(foreign: dict) -> dict:
         multiplier, multiple = foreign["block_ffn_dim_multiplier"], foreign["block_multiple_of"]
         inner = int((1 if multiplier is None else multiplier) * int(2 * inner / 3))
         inner = -(-inner // multiple) * multiple
-    rope = rope_fields(foreign)
-    if rope.pop("rope_fraction") != 1.0:
-        raise ValueError("an lfm2 with partial_rotary_factor other than 1 is not supported")
+    rope = whole_rope(foreign)
     return same_fields(foreign) | rope | {
         "intermediate_size": inner,
         "norm_eps": foreign["norm_eps"],
@@ -95,7 +93,7 @@ def to_foreign(config: LFM2Config) -> dict:
     attending, layers = set(config.attention_layers or []), range(config.num_hidden_layers)
     rope = {"rope_theta": config.rope_theta, "rope_fraction": 1.0, "rope_scaling": config.rope_scaling}
     return same_fields(config) | {
-        "intermediate_size": config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64,
+        "intermediate_size": inner_size(config),
         "block_auto_adjust_ff_dim": False,
         "norm_eps": config.norm_eps,
         "num_attention_heads": config.num_heads,

@@ -27,7 +27,7 @@ from zoo.layers import ShortConv, merge_heads, split_heads, wide
 from zoo.layout import Layout, rename, squeeze
 from zoo.mixer import Mixer, State
 from zoo.registry import register
-from zoo.terms import foreign_activation, own_activation
+from zoo.terms import foreign_activation, inner_size, own_activation
 
 
 @strict
@@ -151,7 +151,7 @@ def from_foreign(foreign: dict) -> dict:
 def to_foreign(config: LlambaConfig) -> dict:
     """The inverse. What it cannot say is left out, and noticed by mapping back."""
     args = {"act": "silu", "bias": False} | (config.channel_args or {})
-    inner = config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64
+    inner = inner_size(config)
     sizes = {name: getattr(config, own) for own, name in SIZES.items()}
     return {name: getattr(config, name) for name in TOKENS if getattr(config, name) is not None} | {
         "vocab_size": config.vocab_size,

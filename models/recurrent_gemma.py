@@ -14,7 +14,7 @@ from huggingface_hub.dataclasses import strict
 from zoo.config import ZooConfig
 from zoo.layout import Layout, Pattern, Rule, rename, squeeze, within
 from zoo.registry import get, register
-from zoo.terms import expect, rope_fields, rope_parameters, same_fields, shell
+from zoo.terms import expect, inner_size, rope_fields, rope_parameters, same_fields, shell
 
 
 def embedding_scale(width: int) -> float:
@@ -85,7 +85,7 @@ def from_foreign(foreign: dict) -> dict:
 def to_foreign(config: RecurrentGemmaConfig) -> dict:
     """The inverse."""
     rope = {"rope_theta": config.rope_theta, "rope_fraction": config.rope_fraction, "rope_scaling": None}
-    inner = config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64
+    inner = inner_size(config)
     return same_fields(config, but=APART) | {name: getattr(config, own) for own, name in NAMES.items()} | {
         "intermediate_size": 2 * inner,
         "rope_parameters": rope_parameters(rope) | {"partial_rotary_factor": config.rope_fraction},

@@ -17,7 +17,7 @@ from zoo.fla import GATED_MLP, SHELL, fla_layout, layer
 from zoo.layers import check_rope_scaling
 from zoo.layout import Layout, drop, rename, split
 from zoo.registry import register
-from zoo.terms import SAME, foreign_activation, own_activation
+from zoo.terms import SAME, foreign_activation, inner_size, own_activation
 
 
 @strict
@@ -105,7 +105,7 @@ def to_llama(config: TransformerConfig, kind: str) -> dict:
     fields = {name: getattr(config, name) for name in SAME} | {name: getattr(config, own) for own, name in RENAMED.items()}
     fields["num_key_value_heads"] = config.num_kv_heads or config.num_heads
     fields["head_dim"] = config.head_dim or config.divide("hidden_size", "num_heads")
-    inner = config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64
+    inner = inner_size(config)
     fields |= {"intermediate_size": inner, "rope_parameters": {"rope_type": "default"} | (config.rope_scaling or {})}
     fields["rope_parameters"]["rope_theta"] = config.rope_theta
     if kind == "phi3":

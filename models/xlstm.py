@@ -26,7 +26,7 @@ from zoo.layers import GatedNorm, merge_heads, mlstm_cell, split_heads, wide
 from zoo.layout import Layout, rename
 from zoo.mixer import Mixer, State
 from zoo.registry import register
-from zoo.terms import expect, same_fields
+from zoo.terms import expect, inner_size, same_fields
 
 
 @strict
@@ -118,7 +118,7 @@ def from_foreign(foreign: dict) -> dict:
 
 def to_foreign(config: XLSTMConfig) -> dict:
     """The inverse."""
-    inner = config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64
+    inner = inner_size(config)
     return same_fields(config, but=UNSHARED) | {name: getattr(config, own) for own, name in SAME.items()} | {
         "embedding_dim": config.hidden_size,
         "num_blocks": config.num_hidden_layers,

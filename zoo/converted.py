@@ -11,7 +11,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from zoo.config import ZooConfig
 from zoo.layout import drop, rename
-from zoo.terms import expect, rope_fields, same_fields, shell
+from zoo.terms import expect, inner_size, same_fields, shell, whole_rope
 
 HEADS = {"norm_eps": "rms_norm_eps", "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 KEPT = (
@@ -38,16 +38,13 @@ def derived(kind: str, **defaults) -> Callable[[dict], dict]:
 def read_teacher(foreign: dict) -> dict:
     """Our fields for the teacher's sizes, heads and rotary positions; the config is completed."""
     expect(foreign, hidden_act="silu", mlp_bias=False)
-    fields = same_fields(foreign) | {own: foreign[name] for own, name in HEADS.items()} | rope_fields(foreign)
-    if fields.pop("rope_fraction") != 1.0:
-        raise ValueError(f"a {foreign['model_type']} with partial_rotary_factor other than 1 is not supported")
-    return fields
+    return same_fields(foreign) | {own: foreign[name] for own, name in HEADS.items()} | whole_rope(foreign)
 
 
 def write_teacher(config: ZooConfig) -> dict:
     """The inverse; what it cannot say is noticed by mapping back."""
     fields = same_fields(config) | {name: getattr(config, own) for own, name in HEADS.items()}
     fields |= {"num_key_value_heads": config.num_kv_heads or config.num_heads, "hidden_act": "silu"}
-    fields["intermediate_size"] = config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64
+    fields["intermediate_size"] = inner_size(config)
     theta = {} if config.rope_theta is None else {"rope_theta": config.rope_theta}
     return fields | theta | {"rope_scaling": getattr(config, "rope_scaling", None)}

@@ -12,6 +12,7 @@ from torch import Size, Tensor
 
 from zoo.config import ZooConfig
 from zoo.layout import Layout, Pattern, Rule, drop, rename
+from zoo.terms import inner_size
 
 DEFAULTS = {
     "vocab_size": 32000, "hidden_size": 2048, "num_hidden_layers": 24, "norm_eps": 1e-6, "initializer_range": 0.02,
@@ -96,7 +97,7 @@ def mlp_fields(foreign: dict) -> dict:
 
 def mlp_back(config: ZooConfig) -> dict:
     """The inverse of `mlp_fields`; without a width of its own, the default of our gated MLP."""
-    return {"intermediate_size": config.intermediate_size or -(-8 * config.hidden_size // 3 // 64) * 64}
+    return {"intermediate_size": inner_size(config)}
 
 
 def fla_layout(

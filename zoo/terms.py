@@ -124,6 +124,14 @@ def rope_fields(foreign: dict) -> dict:
     return {"rope_theta": None if theta is None else float(theta), "rope_fraction": float(fraction), "rope_scaling": scaling}
 
 
+def whole_rope(foreign: dict) -> dict:
+    """The same for heads that turn as a whole: without `rope_fraction`, and a ValueError where it is not 1."""
+    rope = rope_fields(foreign)
+    if rope.pop("rope_fraction") != 1.0:
+        raise ValueError(f"a {foreign['model_type']} with partial_rotary_factor other than 1 is not supported")
+    return rope
+
+
 def rope_parameters(fields: dict) -> dict:
     """The inverse of `rope_fields`."""
     rope = {"rope_type": "default"} | (fields["rope_scaling"] or {}) | {"rope_theta": fields["rope_theta"]}
