@@ -24,6 +24,8 @@ LLAMBA = {"d_model": D, "n_layer": L, "vocab_size": VOCABULARY, "pad_vocab_size_
 MLP = {"intermediate_size": INNER, "bias": False, "act_fn": "silu"}
 BESIDE = "mamba_config.json"
 SIDE = {"d_model": D, "rms_norm_eps": 1e-5, "vocab_size": None, "intermediate_size": INNER, "hidden_act": "silu", "n_layer": L}
+JET = {"head_dim": 6, "num_heads": 2, "expand_v": 2.6666666667, "conv_size": 4, "dconv_generator_reduction": 8, "norm_eps": "1e-5",
+       "mode": "chunk", "dconv_implementation": "triton"}  # fmt: skip
 CASES = {  # layout, config.json, the file beside it
     "llamba": (
         "llamba",
@@ -58,6 +60,18 @@ CASES = {  # layout, config.json, the file beside it
         LLAMA | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
         SIDE | {"ssm_cfg": {"expand": 1, "d_state": 4, "repeat_kv_before_conv": False, "conv_bias": False, "dt_rank": 5}, "d_xb": 16,
                 "attn_layers": []},
+    ),
+    "jet_nemotron": (
+        "jet_nemotron",
+        LLAMA | {"model_type": "jet_nemotron", "architectures": ["JetNemotronForCausalLM"], "layer_types": ["swa", "jet", "attn"],
+                 "efficient_attention_config": {"jet": JET, "swa": {"window_size": 5}}},
+        None,
+    ),
+    "jet_nemotron-alone": (
+        "jet_nemotron",
+        LLAMA | {"model_type": "jet_nemotron", "architectures": ["JetNemotronForCausalLM"], "layer_types": ["jet"] * L,
+                 "tie_word_embeddings": True, "efficient_attention_config": {"jet": JET | {"expand_v": 2, "conv_size": 3}}},
+        None,
     ),
 }  # fmt: skip
 every_case = pytest.mark.parametrize("case", CASES)
@@ -98,17 +112,31 @@ def mamba_keys(c: dict, side: dict) -> dict:
     return keys | ({"conv1d.bias": (mixed,)} if ssm.get("conv_bias", True) else {})
 
 
+def jet_keys(c: dict, side: dict | None) -> dict:
+    jet = c["efficient_attention_config"]["jet"]
+    heads, keys, values = jet["num_heads"], jet["num_heads"] * jet["head_dim"], jet["num_heads"] * int(jet["head_dim"] * jet["expand_v"])
+    sizes = {"q": keys, "k": keys, "v": values, "b": heads, "a": heads, "g": values}
+    shapes = {f"{name}_proj.weight": (size, D) for name, size in sizes.items()} | {"o_proj.weight": (D, values)}
+    inside, taps = values // jet["dconv_generator_reduction"], values * jet["conv_size"]
+    made = {"w1.weight": (inside, D), "w2.weight": (taps, inside), "w2.bias": (taps,)}
+    shapes |= {f"dynamic_conv1d.kernel_generator.{name}": shape for name, shape in made.items()}
+    return shapes | {"A_log": (heads,), "dt_bias": (heads,), "o_norm.weight": (values // heads,)}
+
+
 def attention_keys(c: dict, side: dict | None) -> dict:
     shared = D * c["num_key_value_heads"] // c["num_attention_heads"]
-    return {f"{name}_proj.weight": (shared if name in "kv" else D, D) for name in "qkvo"}
+    keys = {f"{name}_proj.weight": (shared if name in "kv" else D, D) for name in "qkvo"}
+    return keys if side else biased(keys, "q_proj", "k_proj", "v_proj")
 
 
-KEYS = {"llamba": llamba_keys, "mamba2_in_llama": mamba2_keys, "mamba_in_llama": mamba_keys}
+KEYS = {"llamba": llamba_keys, "mamba2_in_llama": mamba2_keys, "mamba_in_llama": mamba_keys, "jet_nemotron": jet_keys}
 
 
 def kind_of(case: str, index: int) -> tuple[str, str]:
     """What layer `index` is, and under which name its tensors lie."""
-    layout, _, side = CASES[case]
+    layout, config, side = CASES[case]
+    if layout == "jet_nemotron":
+        return {"jet": layout, "attn": "attention", "swa": "window"}[config["layer_types"][index]], "self_attn"
     if side is not None and index in side["attn_layers"]:
         return "attention", "self_attn"
     return layout, "mixer" if layout == "llamba" else "mamba"
@@ -120,7 +148,7 @@ def keys_of(case: str) -> dict[str, tuple[int, ...]]:
     keys = {}
     for i in range(L):
         kind, name = kind_of(case, i)
-        mixer = attention_keys(c, side) if kind == "attention" else KEYS[kind](c, side)
+        mixer = attention_keys(c, side) if kind in ("attention", "window") else KEYS[kind](c, side)
         mlp = {"gate_proj.weight": (INNER, D), "up_proj.weight": (INNER, D), "down_proj.weight": (D, INNER)}
         if c.get("mlp_cfg", MLP)["bias"]:
             mlp = biased(mlp, "gate_proj", "up_proj", "down_proj")
@@ -215,13 +243,34 @@ def mamba(w: Weights, x, c: dict, side: dict) -> torch.Tensor:
     return w.linear("out_proj", torch.stack(out, 1) * F.silu(w.linear("in_proj_z", x)))
 
 
-def attention(w: Weights, x, c: dict, side: dict) -> torch.Tensor:
+def jet_nemotron(w: Weights, x, c: dict, side: dict | None) -> torch.Tensor:
+    """Gated DeltaNet (arXiv:2412.06464, eq. 10) whose values are convolved by kernels made from each token."""
+    jet = c["efficient_attention_config"]["jet"]
+    heads, taps, v = jet["num_heads"], jet["conv_size"], w.linear("v_proj", x)
+    q, k = (F.silu(z) for z in w.heads(x, heads, "q_proj", "k_proj"))
+    q, k = (z * (z.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for z in (q, k))
+    made = Weights(w.tensors, w.prefix + "dynamic_conv1d.kernel_generator.")
+    kernels = made.linear("w2", F.silu(made.linear("w1", x))).unflatten(-1, (-1, taps))
+    v = F.silu((F.pad(v, (0, 0, taps - 1, 0)).unfold(1, taps, 1) * kernels).sum(-1)).unflatten(-1, (heads, -1))
+    decay = (-w["A_log"].exp() * F.softplus(w.linear("a_proj", x) + w["dt_bias"])).exp().unsqueeze(-1)
+    o = rms(recur(q, k, v, decay, w.linear("b_proj", x).sigmoid()), w["o_norm.weight"])
+    return w.linear("o_proj", o.flatten(-2) * F.silu(w.linear("g_proj", x)))
+
+
+def window(w: Weights, x, c: dict, side: dict | None) -> torch.Tensor:
+    return attention(w, x, c | {"sliding_window": c["efficient_attention_config"]["swa"]["window_size"]}, side)
+
+
+def attention(w: Weights, x, c: dict, side: dict | None) -> torch.Tensor:
     said = {"num_heads": c["num_attention_heads"], "num_kv_heads": c["num_key_value_heads"], "rope_theta": c["rope_theta"]}
     window = c.get("sliding_window")
     return transformer(w, x, said | ({"window_size": window} if window else {}), 0)
 
 
-MIXERS = {"llamba": llamba, "mamba2_in_llama": mamba2, "mamba_in_llama": mamba, "attention": attention}
+MIXERS = {
+    "llamba": llamba, "mamba2_in_llama": mamba2, "mamba_in_llama": mamba, "jet_nemotron": jet_nemotron, "attention": attention,
+    "window": window,
+}  # fmt: skip
 
 
 def logits_of(case: str, c: dict, side: dict | None, tensors: dict, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -257,7 +306,7 @@ def test_written_back_it_is_what_it_was(checkpoint, case, tmp_path):
     ours, report = zoo.from_pretrained(folder, output_loading_info=True)
     assert not report.fresh and not report.dropped
     assert set(report.taken) | {name for names in report.transformed.values() for name in names} == set(tensors)
-    unknown = {} if side is None else {"max_position_embeddings": 128}  # to us, who need no table
+    unknown = {} if case.startswith("llamba") else {"max_position_embeddings": 128}  # to us, who need no table
     ours.save_pretrained(tmp_path / "back", layout=CASES[case][0], **unknown)
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert back.keys() == tensors.keys() and all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
@@ -265,6 +314,9 @@ def test_written_back_it_is_what_it_was(checkpoint, case, tmp_path):
     if case.startswith("llamba"):  # their config knows no more than this
         config = {name: config[name] for name in ("mlp_cfg", "ssm_cfg", "tie_embeddings", *LLAMBA)}
         written["ssm_cfg"] = {name: written["ssm_cfg"][name] for name in config["ssm_cfg"]}
+    elif case.startswith("jet_nemotron"):
+        config = config | {"efficient_attention_config": {"jet": config["efficient_attention_config"]["jet"] | {"norm_eps": 1e-5}}}
+        written["efficient_attention_config"] = {"jet": written["efficient_attention_config"]["jet"]}
     else:
         written["rope_theta"] = written["rope_parameters"]["rope_theta"]
     assert {name: written.get(name) for name in config} == config
@@ -287,6 +339,10 @@ def test_written_back_it_is_what_it_was(checkpoint, case, tmp_path):
         ("mamba2_in_llama", {}, {"ssm_cfg": {"ngroups": 4, "d_state": 8, "rmsnorm": False}}, "rmsnorm=False"),
         ("mamba2_in_llama", {}, {"ssm_cfg": {"ngroups": 4, "d_state": 8, "wild": 1}}, "wild"),
         ("mamba2_in_llama", {}, {"ssm_cfg": {"ngroups": 3, "d_state": 8}}, "d_inner=32 must be ngroups=3 times d_state=8"),
+        ("jet_nemotron", {"layer_types": ["swa", "jet", "mamba"]}, None, "mamba"),
+        ("jet_nemotron", {"efficient_attention_config": {"jet": JET | {"wild": 1}}}, None, "wild"),
+        ("jet_nemotron", {"efficient_attention_config": {"jet": JET | {"expand_v": 2.1}}}, None, "expand_v=2.1"),
+        ("jet_nemotron", {"hidden_act": "gelu"}, None, "hidden_act='gelu'"),
         ("mamba_in_llama", {}, {"ssm_cfg": {"d_state": 4, "proj_x_bias": True}}, "proj_x_bias=True"),
     ],
 )  # fmt: skip
