@@ -13,6 +13,8 @@ The encoder is RoBERTa's: learned positions, norms after the residual sums and a
 Paper: Beltagy, Peters, Cohan 2020, arXiv:2004.05150: section 3.1; the language model in section 4, the encoder in section 5.
 """
 
+from dataclasses import field
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -25,7 +27,16 @@ from zoo.layers import merge_heads, split_heads, token_positions
 from zoo.layout import Layout, Rule, drop, rename
 from zoo.mixer import Mixer, State, Traits
 from zoo.registry import register
-from zoo.terms import bert_attention, bert_body, bert_classifiers, bert_decoder, foreign_activation, own_activation, same_fields
+from zoo.terms import (
+    bert_attention,
+    bert_body,
+    bert_classifiers,
+    bert_decoder,
+    foreign_activation,
+    given,
+    own_activation,
+    same_fields,
+)
 
 
 @strict
@@ -42,6 +53,7 @@ class LongformerConfig(ZooConfig):
     post_norm: bool = True
     embedding_norm: bool = True
     max_position_embeddings: int | None = 4096
+    classifier_args: dict | None = field(default_factory=lambda: {"act": "tanh", "norm": None})
     num_heads: int = 12
     window: int | list[int] = 512  # W, neighbours seen on both sides together, an even number; a list has one for each layer
     num_global_tokens: int = 1  # first tokens of every sequence that are global; if causal, that stay visible
@@ -166,6 +178,7 @@ def from_longformer(foreign: dict) -> dict:
 
 def to_longformer(config: LongformerConfig) -> dict:
     """The inverse."""
+    given(config, "classifier_args")
     act = (config.channel_args or {}).get("act", "gelu")
     return same_fields(config, but=("use_cache",)) | {name: getattr(config, own) for own, name in RENAMED.items()} | {
         "intermediate_size": config.intermediate_size or 4 * config.hidden_size,

@@ -101,6 +101,13 @@ def expect_free_steps(foreign: dict) -> None:
         raise ValueError(f"time_step_limit {foreign['time_step_limit']} is not supported, only none, which is (0.0, inf)")
 
 
+def given(config: ZooConfig, *names: str) -> None:
+    """Raise ValueError for fields that are None, where that says something which a foreign config cannot."""
+    for name in names:
+        if getattr(config, name) is None:
+            raise ValueError(f"checkpoints of other libraries cannot express {name}=None for a {config.name}; save without layout=")
+
+
 def own_activation(name: str) -> str:
     """Our name of an activation, or a ValueError that lists those known."""
     if name not in ACTIVATIONS:

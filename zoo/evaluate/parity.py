@@ -88,8 +88,13 @@ class Trial:
         self.layout, self.name, self.place = layout, name, place
         self.entry = get(layouts()[layout.name])
 
-    @cached_property
+    @property
     def theirs(self) -> nn.Module:
+        """A copy each time, for some models change as they run (a BigBird that met a short sequence attends to all from then on)."""
+        return copy.deepcopy(self.original)
+
+    @cached_property
+    def original(self) -> nn.Module:
         config = foreign_config(self.layout, self.layout.trials[self.name])
         own = self.entry.config(**self.layout.config_map(with_defaults(config.to_dict(), self.layout)))
         torch.manual_seed(0)

@@ -1,4 +1,6 @@
-"""Foreign encoders, beyond what their trials say: token types, poolers, tokens that attend globally, decoders of their own."""
+"""Encoders, beyond what the trials of their layouts say: token types, poolers, decoders of their own; what sparse attention sees."""
+
+import copy
 
 import pytest
 import torch
@@ -6,10 +8,12 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 import zoo
+from zoo import registry
 from zoo.evaluate.parity import SIZES, close
 
 FIELDS = {
     "longformer": {"attention_window": 4},
+    "big_bird": {"block_size": 2, "num_random_blocks": 1},
 }
 every_kind = pytest.mark.parametrize("kind", FIELDS)
 
@@ -41,17 +45,14 @@ def test_token_types_and_poolers(kind, tmp_path):
     theirs = foreign(kind, "Model")
     theirs.save_pretrained(tmp_path)
     ours, ids = zoo.from_pretrained(tmp_path, task="base"), token_ids(3, 19)
-    types = (ids > 40).long()
     mask = torch.ones_like(ids)
-    mask[1, 13:] = 0
-    ids = ids.masked_fill(mask == 0, SIZES["pad_token_id"])
-    given = {"input_ids": ids, "token_type_ids": types, "attention_mask": mask}
-    expected, result = theirs(**given), ours(**given)
-    close(result.last_hidden_state[mask == 1], expected.last_hidden_state[mask == 1], "states")
-    close(result.pooler_output, expected.pooler_output, "pooled")
-    left = {name: tensor.flip(1) for name, tensor in given.items()}
-    row = {name: tensor[1:2, 6:] for name, tensor in left.items()}
-    close(ours(**left).pooler_output[1:2], theirs(**row).pooler_output, "pooled behind padding")
+    mask[1, :6] = mask[2, 16:] = 0
+    given = {"input_ids": ids.masked_fill(mask == 0, SIZES["pad_token_id"]), "token_type_ids": (ids > 40).long()}
+    result = ours(**given, attention_mask=mask)
+    for row, keep in enumerate(mask == 1):
+        alone = copy.deepcopy(theirs)(**{name: tensor[row : row + 1, keep] for name, tensor in given.items()})
+        close(result.last_hidden_state[row, keep], alone.last_hidden_state[0], f"row {row}")
+        close(result.pooler_output[row], alone.pooler_output[0], f"row {row}, pooled")
 
 
 @every_kind
@@ -114,3 +115,42 @@ def test_a_longformer_is_not_written_as_another(tmp_path):
         ours.save_pretrained(tmp_path, layout="longformer")
     with pytest.raises(ValueError, match="needs a pad_token_id"):
         zoo.from_config("longformer-tiny", token_types=1).save_pretrained(tmp_path, layout="longformer")
+
+
+def seen(drawn: bool, heads: int = 1, layer: int = 0) -> torch.Tensor:
+    """`[19, 19]`: which blocks of two tokens a BigBird's blocks see, found by its gradients; the last has one token."""
+    config = registry.build_config("big_bird-tiny", num_heads=heads, num_random_blocks=2, drawn=drawn)
+    torch.manual_seed(0)
+    mixer = pushed(registry.get("big_bird").mixer(config, layer))
+    jacobian = torch.autograd.functional.jacobian(lambda x: mixer(x)[0].sum((0, 2)), torch.randn(1, 37, config.hidden_size))
+    pairs = torch.nn.functional.pad(jacobian[:, 0].abs().sum(-1), (0, 1, 0, 1)).unflatten(0, (19, 2)).unflatten(2, (19, 2))
+    return pairs.sum((1, 3)) > 0
+
+
+def test_a_big_bird_sees_neighbours_edges_and_blocks_of_its_own():
+    near = (torch.arange(19) - torch.arange(19)[:, None]).abs() <= 1
+    near[[0, 18]] = near[:, [0, 18]] = True
+    assert torch.equal(seen(drawn=False), near)
+    drawn = seen(drawn=True)
+    assert (drawn >= near).all() and ((drawn & ~near).sum(1)[1:-1] == 2).all()
+    assert not torch.equal(drawn, seen(drawn=True, layer=1)), "every layer draws the same"
+    assert (seen(drawn=True, heads=2) & ~near).sum() > (drawn & ~near).sum(), "every head draws the same"
+
+
+@pytest.mark.parametrize("drawn", [True, False])
+@pytest.mark.parametrize("lengths", [(40, 9, 0, 23, 15), (37, 15)], ids=str)
+@torch.no_grad()
+def test_long_and_short_big_birds_in_one_batch(lengths, drawn):
+    """Padding apart, a row is what it is alone, be it so short that it sees everything or not."""
+    torch.manual_seed(0)
+    model = pushed(zoo.from_config("big_bird-tiny", task="base", drawn=drawn, pooler_args={"act": "tanh", "norm": None})).eval()
+    ids = token_ids(len(lengths), max(lengths))
+    for flip in (False, True):
+        mask = torch.stack([(torch.arange(max(lengths)) < length).long() for length in lengths])
+        mask = mask.flip(1) if flip else mask
+        out = model(ids, attention_mask=mask)
+        for row, keep in enumerate(mask == 1):
+            if keep.any():
+                alone = model(ids[row : row + 1, keep])
+                close(out.last_hidden_state[row, keep], alone.last_hidden_state[0], f"{lengths[row]} tokens")
+                close(out.pooler_output[row], alone.pooler_output[0], f"{lengths[row]} tokens, pooled")
