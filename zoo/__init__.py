@@ -16,6 +16,7 @@ from zoo.registry import (
     register,
     register_channel_mixer,
 )
+from zoo.world_tokenizer import WorldTokenizer
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,6 @@ load_all()
 from zoo.models import HybridConfig  # noqa: E402  (the catalogue is complete only now)
 
 __all__ = [
-    "HybridConfig", "Mixer", "State", "Traits", "ZooCache", "ZooConfig", "build_config", "from_config", "from_pretrained",
+    "HybridConfig", "Mixer", "State", "Traits", "WorldTokenizer", "ZooCache", "ZooConfig", "build_config", "from_config", "from_pretrained",
     "layouts", "list_channel_mixers", "list_mixers", "list_models", "list_presets", "ops", "register", "register_channel_mixer",
 ]  # fmt: skip
