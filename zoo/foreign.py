@@ -139,6 +139,8 @@ def saved_task(config: dict) -> str | None:
     suffix = next((suffix for suffix in AUTO if written.endswith(suffix)), None)
     if written and written == HEADS.get(config.get("model_type")):
         suffix = "ForCausalLM"
+    if written.endswith("ForPreTraining"):  # masked tokens, and a question about sentences
+        suffix = "ForMaskedLM"
     return next((task for task, own in TASKS.items() if own == suffix), None)
 
 
