@@ -170,9 +170,11 @@ RENAMED = {
 def from_big_bird(foreign: dict) -> dict:
     """Fields of a BigBirdConfig for a config of transformers."""
     expect(foreign, is_decoder=False, add_cross_attention=False)
-    act = own_activation(foreign["hidden_act"])
+    act, full = own_activation(foreign["hidden_act"]), foreign["attention_type"] == "original_full"
+    if not full:
+        expect(foreign, attention_type="block_sparse")
     return same_fields(foreign) | {own: foreign[name] for own, name in RENAMED.items()} | {
-        "block_size": foreign["block_size"] if foreign["attention_type"] == "block_sparse" else None,
+        "block_size": None if full else foreign["block_size"],
         "drawn": False,
         "embedding_scale": foreign["hidden_size"] ** 0.5 if foreign["rescale_embeddings"] else 1.0,
         "channel_args": {"act": act},
