@@ -3,12 +3,14 @@
 import json
 import os
 import pickle
+from collections.abc import Iterable
 from pathlib import Path
 from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as HEADS  # some are called ...LMHeadModel
@@ -172,11 +174,29 @@ def read(path_or_id: str | os.PathLike, hub: dict) -> State:
     """Every tensor of a checkpoint, mapped into memory rather than loaded."""
     for stem in ("model.safetensors", "pytorch_model.bin"):
         if single := locate(path_or_id, stem, hub):
-            return read_file(single)
+            return Stored([single])
         if index := locate(path_or_id, stem + ".index.json", hub):
             shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-            return {name: tensor for shard in shards for name, tensor in read_file(cached_file(path_or_id, shard, **hub)).items()}
+            return Stored(cached_file(path_or_id, shard, **hub) for shard in shards)
     raise ValueError(f"{path_or_id} has neither model.safetensors nor pytorch_model.bin, whole or in shards; download its weights")
+
+
+class Stored(dict):
+    """The tensors of some files, mapped into memory: what is read of a file stays resident as long as any of its tensors is kept."""
+
+    def __init__(self, paths: Iterable[str]):
+        self.files = {}
+        for path in paths:
+            tensors = read_file(path)
+            self.update(tensors)
+            self.files |= dict.fromkeys(tensors, path)
+
+    def loan(self, name: str) -> Tensor:
+        """A tensor mapped once more, by itself, so that its memory goes with it."""
+        if not self.files[name].endswith(".safetensors"):
+            return self[name]
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_tensor(name)
 
 
 def read_file(path: str) -> State:

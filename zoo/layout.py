@@ -211,6 +211,7 @@ class Layout:
         report = plan.account(set(names), other_task)
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         result = {}
+        loan = getattr(state, "loan", state.__getitem__)  # what is made of a tensor need not keep its file in memory
         for job in plan.jobs:
             own = [plan.own_names[name] for name in job.own]
             if own[0] in report.fresh:
@@ -218,7 +219,8 @@ class Layout:
             foreign = [names[name] for name in job.foreign]
             wanted = [shapes[name] for name in own]
             try:
-                tensors = list(job.rule.to_own([state[name] for name in foreign], wanted, model.config))
+                given = [state[name] if job.rule.moved else loan(name) for name in foreign]
+                tensors = list(job.rule.to_own(given, wanted, model.config))
             except (ValueError, RuntimeError) as error:
                 raise ValueError(f"{', '.join(foreign)} cannot become {', '.join(own)}: {error}") from error
             for name, tensor, shape in zip(own, tensors, wanted, strict=True):
