@@ -23,6 +23,7 @@ from zoo.layers import GatedNorm, merge_heads, rotary_table, rotate, split_heads
 from zoo.layout import Layout, Pattern, Rule, rename
 from zoo.mixer import Mixer, State
 from zoo.registry import register
+from zoo.terms import inner_size
 
 
 @strict
@@ -154,6 +155,7 @@ def write_torchscale(config: RetNetConfig) -> dict:
     act = (config.channel_args or {}).get("act", "silu")
     return {name: getattr(config, own) for own, name in SAME.items()} | {
         "decoder_value_embed_dim": int(config.hidden_size * config.value_ratio),
+        "decoder_ffn_embed_dim": inner_size(config),
         "activation_fn": {own: theirs for theirs, own in ACTIVATIONS.items()}.get(act, act),
         "no_scale_embedding": config.embedding_scale == 1.0,
     }  # fmt: skip

@@ -117,7 +117,9 @@ def from_foreign(foreign: dict) -> dict:
 
 
 def to_foreign(config: XLSTMConfig) -> dict:
-    """The inverse."""
+    """The inverse; there logits are always capped."""
+    if config.logit_softcap is None:
+        raise ValueError("the layout 'xlstm' cannot express logit_softcap=None; set one, or save without layout=")
     inner = inner_size(config)
     return same_fields(config, but=UNSHARED) | {name: getattr(config, own) for own, name in SAME.items()} | {
         "embedding_dim": config.hidden_size,

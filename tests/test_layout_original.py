@@ -379,3 +379,16 @@ def test_what_the_authors_retnet_cannot_be_is_refused(tmp_path, changes, message
     (tmp_path / "config.json").write_text(json.dumps(SIZES | HEADS | changes))
     with pytest.raises(ValueError, match=message):
         zoo.from_pretrained(tmp_path)
+
+
+def test_what_torchscale_cannot_express_is_refused(tmp_path):
+    fields = {"channel_mixer": "swiglu", "norm": "rmsnorm", "norm_weight": False}
+    zoo.from_config("retnet-tiny", **fields).save_pretrained(tmp_path / "in", layout="retnet-torchscale")
+    assert zoo.from_pretrained(tmp_path / "in").config.intermediate_size == 128
+    for change, message in (
+        ({"channel_mixer": "mlp"}, "channel_mixer='mlp'"), ({"norm": "layernorm"}, "norm='layernorm'"),
+        ({"norm_weight": True}, "norm_weight=True"), ({"rope_inclusive": False}, "rope_inclusive=False"),
+        ({"embedding_scale": 2.0}, "embedding_scale=2.0"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"cannot express.* {message}"):
+            zoo.from_config("retnet-tiny", **fields | change).save_pretrained(tmp_path / "out", layout="retnet-torchscale")

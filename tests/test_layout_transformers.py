@@ -37,6 +37,10 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0
         ("recurrent_gemma", "plain", {"intermediate_size": 51}, "odd intermediate_size"),
         ("bamba", "plain", {"time_step_limit": [0.0, 1.0]}, "time_step_limit"),
         ("kimi_linear", "plain", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ("xlstm", "plain", {"weight_mode": "fused"}, "weight_mode='fused' is not supported"),
+        ("xlstm", "plain", {"use_bias": True}, "use_bias=True is not supported"),
+        ("xlstm", "plain", {"eps": 1e-3}, "eps=0.001 is not supported"),
+        ("xlstm", "plain", {"embedding_dim": 64}, "embedding_dim=64 is not supported, only embedding_dim=128"),
     ],
 )
 def test_what_we_cannot_express_is_refused(tmp_path, layout, trial, changes, message):
@@ -70,6 +74,9 @@ def test_what_we_cannot_express_is_refused(tmp_path, layout, trial, changes, mes
         ("gemma2", {"output_norms": False}, "gemma2", "cannot express output_norms=False"),
         ("rwkv4", {"norm_eps": 1e-3}, "rwkv", "layer_norm_epsilon=0.001 is not supported"),
         ("rwkv4", {"embedding_norm": False}, "rwkv", "cannot express embedding_norm=False"),
+        ("xlstm", {"tie_word_embeddings": True}, "xlstm", "cannot express tie_word_embeddings=True"),
+        ("xlstm", {"norm": "layernorm"}, "xlstm", "cannot express norm='layernorm'"),
+        ("xlstm", {"logit_softcap": None}, "xlstm", "cannot express logit_softcap=None"),
     ],
 )
 def test_what_they_cannot_express_is_refused(tmp_path, name, fields, layout, message):
