@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import zoo
 from zoo import ops
+from zoo.block import Block
+from zoo.config import ZooConfig
 from zoo.models import GLAConfig, GLAForCausalLM
 
 
@@ -46,6 +48,16 @@ def rewrite(folder, change):
         (lambda: zoo.from_config("gla-tiny", channel_mixer="swigl"), ["swigl", "swiglu"]),
         (lambda: zoo.from_config("gla-tiny", channel_args={"actt": "relu"}), ["actt"]),
         (lambda: zoo.from_config("gla-tiny", task="translation"), ["translation", "causal_lm"]),
+        (lambda: zoo.from_config("nemotron_h-tiny", pattern="M-"), ["'M-'", "num_hidden_layers=4"]),
+        (lambda: zoo.from_config("nemotron_h-tiny", pattern="Mx*-"), ["'Mx*-'", "M, *, -, E"]),
+        (lambda: zoo.from_config("zamba2-tiny", attention_layers=[2, 1]), ["attention_layers=[2, 1]"]),
+        (
+            lambda: zoo.from_config(
+                "hybrid-tiny", num_hidden_layers=2, plan=["transformer", {"mixer": "zamba2", "attention_layers": [0, 1]}]
+            ),
+            ["layer 1", "layer 0", "attention_layers"],
+        ),
+        (lambda: Block(ZooConfig(channel_mixer=None), 3), ["layer 3", "channel mixer"]),
         (lambda: zoo.from_config("gla-tiny", causal=False), ["causal"]),
         (lambda: zoo.from_config("gla-tiny", max_position_embeddings=4, position_offset=4), ["position_offset=4", "row"]),
         (lambda: zoo.from_config("gla-tiny", position_offset=1), ["position_offset=1", "max_position_embeddings=None"]),

@@ -76,29 +76,32 @@ class RotaryAttention(AttentionMixer):
     """Attention whose queries, keys and values are plain projections, queries and keys turned by their positions.
 
     Args: rope: arguments of `zoo.layers.rotary_table` after the positions; None: nothing turns; qk_norm: an RMSNorm over each
-        head of q and k, before they turn; the rest as in `AttentionMixer`.
+        head of q and k, before they turn; inputs: width of what is read, None is D; the rest as in `AttentionMixer`.
     """
 
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     def __init__(
         self, config: ZooConfig, layer: int, *, heads: int, groups: int, keys: int, rope: tuple | None, qkv_bias: bool = False,
-        out_bias: bool = False, qk_norm: bool = False, **rule,
+        out_bias: bool = False, qk_norm: bool = False, inputs: int | None = None, **rule,
     ):  # fmt: skip
         super().__init__(config, layer, heads=heads, groups=groups, keys=keys, **rule)
-        self.rope, width = rope, config.hidden_size
-        self.q_proj = nn.Linear(width, heads * keys, bias=qkv_bias)
-        self.k_proj = nn.Linear(width, groups * keys, bias=qkv_bias)
-        self.v_proj = nn.Linear(width, groups * keys, bias=qkv_bias)
-        self.out_proj = nn.Linear(heads * keys, width, bias=out_bias)
+        self.rope, inputs = rope, inputs or config.hidden_size
+        self.q_proj = nn.Linear(inputs, heads * keys, bias=qkv_bias)
+        self.k_proj = nn.Linear(inputs, groups * keys, bias=qkv_bias)
+        self.v_proj = nn.Linear(inputs, groups * keys, bias=qkv_bias)
+        self.out_proj = nn.Linear(heads * keys, config.hidden_size, bias=out_bias)
         self.q_norm = RMSNorm(keys, config.norm_eps) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(keys, config.norm_eps) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        positions = token_positions(x, state["length"] if state else None, packing)
-        q = self.q_norm(split_heads(self.q_proj(x), self.heads))
-        k = self.k_norm(split_heads(self.k_proj(x), self.groups))
-        v = split_heads(self.v_proj(x), self.groups)
+        return self.finish(self.q_proj(x), self.k_proj(x), self.v_proj(x), state, packing)
+
+    def finish(self, q: Tensor, k: Tensor, v: Tensor, state: State | None, packing: Packing | None) -> tuple[Tensor, State]:
+        """All that follows the projections `[B, T, H * K]` of q and `[B, T, G * K]` of k and v."""
+        positions = token_positions(q, state["length"] if state else None, packing)
+        q, k = self.q_norm(split_heads(q, self.heads)), self.k_norm(split_heads(k, self.groups))
+        v = split_heads(v, self.groups)
         if self.rope is not None:
             table = rotary_table(positions, *self.rope)
             q, k = rotate(q, table), rotate(k, table)

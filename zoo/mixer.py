@@ -70,6 +70,12 @@ class Mixer(Layer):
         """
         raise TypeError(f"{type(self).__name__} does not define forward(x, state, packing)")
 
+    def borrow(self, earlier: "list[Mixer | None]") -> None:
+        """Called once the model stands, with the mixers of the layers before: the time to refer to modules of theirs.
+
+        Such a module stays a part of the layer that has it, which alone stores it: keep the reference in a tuple.
+        """
+
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         """The state of nothing seen, with room for `length` tokens; passing it equals passing None.
 

@@ -84,6 +84,10 @@ class ZooModel(ZooPreTrainedModel):
         self.embed_norm = make_norm(config.norm, config.hidden_size, config.norm_eps) if config.embedding_norm else None
         self.embed_projection = nn.Linear(config.hidden_size, config.hidden_size) if config.embedding_projection else nn.Identity()
         self.layers = nn.ModuleList(Block(layer, index) for index, layer in enumerate(config.layer_configs()))
+        mixers = [block.mixer for block in self.layers]
+        for index, mixer in enumerate(mixers):
+            if mixer is not None:
+                mixer.borrow(mixers[:index])
         self.norm = nn.Identity() if config.post_norm else make_norm(config.norm, config.hidden_size, config.norm_eps)
         self.pooler = None if config.pooler_args is None else Transform(config, **config.pooler_args)
         self.gradient_checkpointing = False
