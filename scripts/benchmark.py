@@ -1,21 +1,31 @@
-"""Time every operator: chunked against the definition, same inputs, one run, median of several.
+"""Time every operator, chunked against the definition, same inputs, one run, median of several; or weigh loading.
 
     python scripts/benchmark.py kernels [--ops NAME ...] [--length 8192] [--threads 2] [--device cpu] [--output FILE.json]
 
 Width 512 as 8 heads of 64 (16 states a channel for the selective scan), batch 1, float32, forward without gradients.
+
+    python scripts/benchmark.py loading [--size 1e9] [--output FILE.json]
+
+Resident memory at its most while checkpoints of random weights are loaded, in several shards and in the layouts `llama`, whose
+tensors only change their names, and `phi3`, whose tensors are split.
 """
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
+import safetensors
 import torch
+import transformers
 from tqdm import tqdm
 
+from zoo.evaluate.loading import measure, random_checkpoint
 from zoo.ops import OPS
 
 HEADS, KEYS, WIDTH, STATES = 8, 64, 512, 16
@@ -90,17 +100,31 @@ def kernels(args: argparse.Namespace) -> dict:
     return {"command": command, "host": host, "rows": results}
 
 
+def loading(args: argparse.Namespace) -> dict:
+    rows = []
+    for kind in tqdm(("llama", "phi3"), unit="layout", leave=False):
+        with tempfile.TemporaryDirectory() as folder:
+            random_checkpoint(Path(folder), kind, int(args.size))
+            result = measure(Path(folder))
+        rows.append({"layout": kind} | dataclasses.asdict(result) | {"bound": result.bound})
+        sizes = "   ".join(f"{name} {rows[-1][name] / 2**20:,.0f} MiB" for name in ("model", "shard", "peak", "bound"))
+        tqdm.write(f"{kind:<8} {result.shards} shards   {sizes}   {'within' if result.peak < result.bound else 'TOO MUCH'}")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "safetensors": safetensors.__version__}
+    return {"command": f"python scripts/benchmark.py loading --size {args.size:g}", "host": versions, "rows": rows}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["kernels"])
+    parser.add_argument("what", choices=["kernels", "loading"])
     parser.add_argument("--ops", nargs="*", choices=sorted(OPS), help="only these operators")
     parser.add_argument("--length", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long to repeat each measurement")
+    parser.add_argument("--size", type=float, default=1e9, help="bytes of the checkpoint to load")
     parser.add_argument("--output", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
-    results = kernels(args)
+    results = kernels(args) if args.what == "kernels" else loading(args)
     if args.output:
         args.output.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import zoo
+from zoo.evaluate.loading import measure, random_checkpoint
 from zoo.evaluate.parity import Proof, find, has_oracle, make_trial, properties, prove, sampled, table, trial_names
 from zoo.layout import mapped, rename
 from zoo.registry import ARCHITECTURES, get
@@ -97,3 +98,11 @@ def test_the_table_has_a_row_for_each_proof():
     heading, _, first, second = (line.strip("| ").split(" | ") for line in table([good, bad]))
     assert [cell.strip() for cell in first] == ["`fla-gla`", "`gla`", "", "yes", "", "", "", "yes", "yes", "1"]
     assert len(heading) == len(second) and second[2].strip() == "fails"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "phi3"])
+def test_loading_holds_the_weights_once(tmp_path, kind):
+    random_checkpoint(tmp_path, kind)
+    result = measure(tmp_path)
+    assert result.shards > 3 and result.model < result.peak < result.bound
