@@ -46,7 +46,9 @@ CASES = {
     "arwkv": ("rwkv_hybrid", NATIVE | {"wkv_has_gate": False, "wkv_has_group_norm": False}),
     "arwkv-gated": ("rwkv_hybrid", NATIVE | {"wkv_has_gate": True, "wkv_has_group_norm": True, "head_size": 16}),
 }  # fmt: skip
+CASES |= {"lolcats": ("lolcats", {"feature_map": "lolcats_hedgehog", "rope_scaling": LLAMA3})}
 CLASSES = {
+    "lolcats": "LolcatsModel",
     "liger_gla": "LigerGLA", "liger_hgrn2": "LigerHGRN2", "liger_mistral_gla": "LigerMistralGLA", "liger_qwen2_gla": "LigerQwen2GLA",
     "liger_qwen3_gla": "LigerQwen3GLA", "rwkv6qwen2": "RWKV6Qwen2", "rwkv7qwen2": "RWKV7Qwen2", "rwkv_hybrid": "RwkvHybrid",
 }  # fmt: skip
@@ -112,6 +114,11 @@ def arwkv_keys(c: dict) -> dict:
     shapes |= {f"{name}.weight": (D, D) for name in ("receptance", "key", "value", "output")}
     shapes |= {f"x_{name}": (1, 1, D) for name in "rwkvag"} | ({"g1": (D, 128), "g2": (128, D)} if c["wkv_has_gate"] else {})
     return {f"time_mixer.{name}": shape for name, shape in shapes.items()}
+
+
+def lolcats_keys(c: dict) -> dict:
+    maps = {f"feature_map_{s}.mlp.linears.{head}.weight": (128, K) for s in "qk" for head in range(H)}
+    return projections(c, False) | maps | {"window_factors": (1, H, 1, 1)}
 
 
 def keys_of(c: dict) -> dict[str, tuple[int, ...]]:
@@ -300,7 +307,36 @@ def arwkv(w: Weights, x, c: dict, first) -> torch.Tensor:
     return rwkv7(w, x, c, first, ["output"], heads, False, 64e-5, project)
 
 
+def share(w: Weights, x, c: dict, features, terraced: bool, eps: float) -> torch.Tensor:
+    """LoLCATs: softmax over a window of 64 and linear attention before it, divided by the sum of both."""
+    q, k, v = w.qkv(x, x, x, c)
+    q, k, v = turn(q, c), turn(k, c).repeat_interleave(H // G, 2), v.repeat_interleave(H // G, 2)
+    t = torch.arange(x.shape[1])[:, None]
+    j, start = t.T, (t // 64 - 1) * 64 if terraced else t - 63
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill((j > t) | (j < start), -math.inf)
+    exact = torch.sigmoid(w["window_factors"]) * (scores - scores.amax(-1, keepdim=True)).exp()
+    maps = [torch.cat([y.softmax(-1), (-y).softmax(-1)], -1) for y in (features("q", q), features("k", k))]
+    weights = exact + torch.einsum("bthf,bshf->bhts", *maps) * (j < start)
+    return w.linear("o_proj", torch.einsum("bhts,bshv->bthv", weights / (weights.sum(-1, keepdim=True) + eps), v).flatten(-2))
+
+
+def lolcats(w: Weights, x, c: dict, first) -> torch.Tensor:
+    def features(name: str, z):
+        return torch.stack([w.linear(f"feature_map_{name}.mlp.linears.{head}", z[:, :, head]) for head in range(H)], 2)
+
+    return share(w, x, c, features, False, 1e-6), first
+
+
+def lolcats_added(w: Weights, x, c: dict, first) -> torch.Tensor:
+    def features(name: str, z):
+        return torch.einsum("bthk,hkf->bthf", z, w[f"feature_map_{name}.mlp.layer"])
+
+    return share(w, x, c, features, True, 0.0), first
+
+
 MIXERS = {
+    "lolcats": (lolcats_keys, lolcats), "llama": (lambda c: projections(c, False), lolcats_added),
     "liger_gla": (liger_keys, liger), "liger_hgrn2": (liger_keys, liger), "liger_mistral_gla": (liger_keys, liger),
     "liger_qwen2_gla": (liger_keys, liger), "liger_qwen3_gla": (liger_keys, liger), "rwkv6qwen2": (qrwkv6_keys, qrwkv6),
     "rwkv7qwen2": (qrwkv7_keys, qrwkv7), "rwkv_hybrid": (arwkv_keys, arwkv),
@@ -350,6 +386,70 @@ def test_written_back_it_is_what_it_was(checkpoint, case, tmp_path):
     assert again.config.to_dict() | {"_name_or_path": ""} == ours.config.to_dict() | {"_name_or_path": ""}
 
 
+# -- beside a base model -----------------------------------------------------------------------------------------------
+
+
+def added_tensors() -> tuple[dict, dict]:
+    """What LoLCATs trains first, feature maps of 3 columns, and what it trains then, adapters of rank 2."""
+    attention = [f"model.layers.{i}.self_attn." for i in range(L)]
+    maps = {f"{where}feature_map_{s}.mlp.layer": (H, K, 3) for where in attention for s in "qk"}
+    maps |= {f"{where}window_factors": (1, H, 1, 1) for where in attention}
+    sizes = {"q": (D, D), "k": (G * K, D), "v": (G * K, D), "o": (D, D)}
+    adapters = {f"base_model.model.{where}{s}_proj.lora_A.default.weight": (2, n) for where in attention for s, (_, n) in sizes.items()}
+    adapters |= {f"base_model.model.{where}{s}_proj.lora_B.default.weight": (n, 2) for where in attention for s, (n, _) in sizes.items()}
+    return drawn(maps), drawn(adapters)
+
+
+@pytest.fixture
+def pieces(tmp_path):
+    """A Llama, what was trained beside it in two steps, and the folders of the three."""
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]} | SIZES
+    tensors, (maps, adapters) = drawn(keys_of(config)), added_tensors()
+    for name in ("base", "maps", "adapters"):
+        (tmp_path / name).mkdir()
+    save_file(tensors, tmp_path / "base" / "model.safetensors")
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    torch.save({"model_state_dict": maps}, tmp_path / "maps" / "model.pt")
+    torch.save(adapters, tmp_path / "adapters" / "model.pt")
+    return config, tensors, maps, adapters, tmp_path
+
+
+@torch.no_grad()
+def test_what_was_added_to_a_base_model_is_joined_to_it(pieces):
+    config, tensors, maps, adapters, folder = pieces
+    ids = torch.randint(0, VOCABULARY, (2, 200), generator=torch.Generator().manual_seed(1))
+    ours, report = zoo.from_pretrained(folder / "maps", base=folder / "base", output_loading_info=True)
+    assert not report.fresh and not report.dropped and ours.config.feature_dim == 3
+    plain, exact = (logits_of(config, tensors | maps, ids, dtype) for dtype in (torch.float32, torch.float64))
+    assert_close(ours(ids).logits, plain, exact, "logits")
+    ours = zoo.from_pretrained(folder / "adapters", base=[folder / "base", folder / "maps"])
+    for name in list(tensors):
+        if (first := f"base_model.model.{name.removesuffix('weight')}lora_A.default.weight") in adapters:
+            tensors[name] = tensors[name] + 16 / 2 * adapters[first.replace("lora_A", "lora_B")] @ adapters[first]
+    plain, exact = (logits_of(config, tensors | maps, ids, dtype) for dtype in (torch.float32, torch.float64))
+    assert_close(ours(ids).logits, plain, exact, "logits with adapters")
+
+
+def test_written_whole_it_needs_no_base(pieces, tmp_path):
+    _, tensors, maps, _, folder = pieces
+    ours = zoo.from_pretrained(folder / "maps", base=folder / "base")
+    ours.save_pretrained(tmp_path / "back", layout="lolcats-added")
+    back = torch.load(tmp_path / "back" / "model.pt", weights_only=True)
+    assert back.keys() == (tensors | maps).keys() and all(torch.equal(back[name], x) for name, x in (tensors | maps).items())
+    again = zoo.from_pretrained(tmp_path / "back")
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in ours.state_dict().items())
+    with pytest.raises(ValueError, match="cannot tell what was trained from its base model"):
+        ours.save_pretrained(tmp_path / "delta", layout="lolcats-added", delta=True)
+
+
+def test_what_was_added_needs_its_base(pieces):
+    _, _, _, _, folder = pieces
+    with pytest.raises(ValueError, match=r"has no config.json; .* name that model with base="):
+        zoo.from_pretrained(folder / "maps")
+    with pytest.raises(ValueError, match="checkpoints of the layout .llama. are whole"):
+        zoo.from_pretrained(folder / "adapters", base=folder / "base")
+
+
 @pytest.mark.parametrize(
     "case, changes, message",
     [
@@ -361,6 +461,7 @@ def test_written_back_it_is_what_it_was(checkpoint, case, tmp_path):
         ("qrwkv7", {"rope_scaling": LLAMA3}, "rwkv7qwen2 with rope_scaling"),
         ("arwkv", {"wkv_version": 6}, "rwkv_hybrid with wkv_version=6"),
         ("arwkv", {"wkv_layers": [0, 2]}, r"wkv_layers=\[0, 2\]"),
+        ("lolcats", {"feature_map": "t2r"}, "lolcats with feature_map='t2r'"),
         ("liger_gla", {"model_type": "liger_gsa"}, "no layout for checkpoints of model_type 'liger_gsa'"),
     ],
 )
@@ -376,6 +477,8 @@ def test_what_we_cannot_express_is_refused(checkpoint, case, changes, message):
         ("liger", {"window": 64}, "liger_gla", "window=64"),
         ("liger", {"window": 65, "memory": "hgrn2"}, "liger_gla", "memory='hgrn2'"),
         ("qrwkv6", {"head_norm_eps": 1e-3}, "rwkv6qwen2", "head_norm_eps=0.001"),
+        ("lolcats", {}, "lolcats", "window=8"),
+        ("lolcats", {"window": 64, "terraced": False}, "lolcats-added", "terraced=False"),
         ("qrwkv7", {}, "rwkv_hybrid", "balance=True"),
         ("qrwkv7", {"native": True}, "rwkv7qwen2", "balance=True"),
     ],

@@ -50,11 +50,12 @@ def from_pretrained(path_or_id: str | os.PathLike, *, task: str | None = None, *
             file of tensors that stands alone.
         task: as in `from_config`; by default what the checkpoint was saved as.
         kwargs: of transformers' `from_pretrained`: dtype, device_map, revision, token, cache_dir... For a foreign checkpoint that
-            holds only what was added to a base model also `base`, the folder or Hub id of that model.
+            holds only what was added to a base model also `base`, the folder or Hub id of that model; or a list of it and of what
+            was added before.
     """
     hub = {n: kwargs[n] for n in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if n in kwargs}
     alone = str(path_or_id).endswith(".pth")
-    raw = {} if alone else PreTrainedConfig.get_config_dict(path_or_id, **hub)[0]
+    raw = {} if alone else raw_config(path_or_id, kwargs.get("base"), hub)
     if not str(raw.get("model_type")).startswith("zoo_"):
         from zoo.foreign import load_foreign  # the files of others are needed by few
 
@@ -65,3 +66,14 @@ def from_pretrained(path_or_id: str | os.PathLike, *, task: str | None = None, *
         suffix = saved.get(config.architectures[0])
         task = next((t for t, s in TASKS.items() if s == suffix), None)
     return model_class(config, task).from_pretrained(path_or_id, **kwargs)
+
+
+def raw_config(path_or_id: str | os.PathLike, base: str | os.PathLike | list | None, hub: dict) -> dict:
+    """config.json as it is written, or where there is none that of the base model; a ValueError where there is neither."""
+    raw = PreTrainedConfig.get_config_dict(path_or_id, **hub)[0]
+    if not raw and base is not None:
+        elsewhere = {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+        raw = PreTrainedConfig.get_config_dict(base[0] if isinstance(base, list) else base, **elsewhere)[0]
+    if not raw:
+        raise ValueError(f"{path_or_id} has no config.json; if it holds only what was added to a base model, name that model with base=")
+    return raw

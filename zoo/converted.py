@@ -10,6 +10,8 @@ from copy import deepcopy
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from zoo.config import ZooConfig
+from zoo.keys import State
+from zoo.layers import wide
 from zoo.layout import drop, rename
 from zoo.terms import expect, inner_size, same_fields, shell, whole_rope
 
@@ -48,3 +50,19 @@ def write_teacher(config: ZooConfig) -> dict:
     fields["intermediate_size"] = inner_size(config)
     theta = {} if config.rope_theta is None else {"rope_theta": config.rope_theta}
     return fields | theta | {"rope_scaling": getattr(config, "rope_scaling", None)}
+
+
+def with_adapters(base: State, added: State, config: dict, *, alpha: float) -> State:
+    """A base model's tensors with those trained beside it (a `Delta.join`); adapters of low rank are added to what they adapt.
+
+    Args: alpha: of the adapters, named as PEFT names them; what they add is scaled by `alpha / rank`.
+    """
+    whole, added = dict(base), {name.removeprefix("base_model.model."): tensor for name, tensor in added.items()}
+    for name, tensor in added.items():
+        stem, adapter, rest = name.partition(".lora_A")
+        if adapter:
+            weight, up = base[stem + ".weight"], added[f"{stem}.lora_B{rest}"]
+            whole[stem + ".weight"] = (wide(weight) + alpha / len(tensor) * wide(up) @ wide(tensor)).to(weight.dtype)
+        elif ".lora_B" not in name:
+            whole[name] = tensor
+    return whole

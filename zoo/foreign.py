@@ -25,15 +25,16 @@ HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force
 LABELS = ("id2label", "label2id", "problem_type", "dtype")  # what any config may say, whatever its architecture
 
 
-def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | None = None, base: str | os.PathLike | None = None,
-                 output_loading_info: bool = False, **kwargs):  # fmt: skip
+def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | None = None,
+                 base: str | os.PathLike | list | None = None, output_loading_info: bool = False, **kwargs):  # fmt: skip
     """One of our models with the weights of a foreign checkpoint, which is read as it is needed and never held twice.
 
     Args:
-        path_or_id: a folder or Hub id with safetensors or `.bin` files, sharded or not; or a `.pth` file.
-        config: its config.json; a `.pth` file has none.
+        path_or_id: a folder or Hub id with safetensors or `.bin` files, sharded or not, or with a `model.pt`; or a `.pth` file.
+        config: its config.json, or without one the base model's; a `.pth` file has none.
         task: as in `zoo.from_config`; by default what the checkpoint was saved as.
-        base: checkpoint of the model beside which this one was trained, where this one holds only what was added.
+        base: checkpoint of the model beside which this one was trained, where this one holds only what was added; in a list,
+            what was added before comes behind it.
         output_loading_info: return `(model, Report)`.
         kwargs: of transformers' `from_pretrained`.
 
@@ -43,7 +44,11 @@ def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | Non
     """
     hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
     alone = str(path_or_id).endswith(".pth")
+    base, *before = base if isinstance(base, list) else [base]
     weights = read_file(str(path_or_id)) if alone else None
+    if base is not None and not alone:
+        weights = {name: tensor for path in before for name, tensor in read(path, elsewhere(hub)).items()} | read(path_or_id, hub)
+        config = config | {"tensors": described(weights)["tensors"]}  # the base's config does not speak of what was added
     config = described(weights) if alone else config | read_beside(path_or_id, config, hub)
     entry, layout = find_layout(config)
     config = with_defaults(config, layout)
@@ -158,6 +163,11 @@ def read_beside(path_or_id: str | os.PathLike, config: dict, hub: dict) -> dict:
     return {name: json.loads(Path(path).read_text()) for name, path in found.items() if path is not None}
 
 
+def elsewhere(hub: dict) -> dict:
+    """How to reach another repository than the one these arguments are of."""
+    return {name: value for name, value in hub.items() if name not in ("revision", "subfolder")}
+
+
 def joined(weights: State, layout: Layout, config: dict, base: str | os.PathLike | None, hub: dict) -> State:
     """The weights with those of a base checkpoint, where they are only a part."""
     if base is not None and layout.delta is None:
@@ -166,7 +176,7 @@ def joined(weights: State, layout: Layout, config: dict, base: str | os.PathLike
         if layout.delta is not None and all(map(layout.delta.own, weights)):
             raise ValueError(f"this {layout.name!r} checkpoint holds only what was added to a base model; name that model's with base=")
         return weights
-    whole = read(base, {name: value for name, value in hub.items() if name not in ("revision", "subfolder")})
+    whole = read(base, elsewhere(hub))
     return whole | weights if layout.delta.join is None else layout.delta.join(whole, weights, config)
 
 
@@ -178,6 +188,8 @@ def read(path_or_id: str | os.PathLike, hub: dict) -> State:
         if index := locate(path_or_id, stem + ".index.json", hub):
             shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
             return Stored(cached_file(path_or_id, shard, **hub) for shard in shards)
+    if single := locate(path_or_id, "model.pt", hub):
+        return read_file(single)
     raise ValueError(f"{path_or_id} has neither model.safetensors nor pytorch_model.bin, whole or in shards; download its weights")
 
 
@@ -202,8 +214,9 @@ class Stored(dict):
 def read_file(path: str) -> State:
     """The tensors of one file, mapped into memory."""
     try:
-        if path.endswith((".bin", ".pth")):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        if path.endswith((".bin", ".pth", ".pt")):
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+            return loaded.get("model_state_dict", loaded)
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle, not a dictionary)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:

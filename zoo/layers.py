@@ -173,6 +173,22 @@ class BlockLinear(Layer):
         return y if self.bias is None else y + self.bias
 
 
+class HedgehogFeatures(Layer):
+    """`[B, T, H, K] -> [B, T, H, 2 F]`, positive, in float32: softmax of `x W` and of its negative, W `[H, K, F]` (arXiv:2402.04347)."""
+
+    def __init__(self, heads: int, channels: int, features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, channels, features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.copy_(self.weight, torch.eye(*self.weight.shape[1:]).expand_as(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = wide(torch.einsum("bthk,hkf->bthf", x, self.weight))
+        return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1).clamp(min=1e-12)
+
+
 def wide(x: Tensor) -> Tensor:
     """x in float32, or as it is in float64: for gates and decays, which must not be rounded to half precision."""
     return x if x.dtype == torch.float64 else x.float()
