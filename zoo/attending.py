@@ -100,10 +100,17 @@ class RotaryAttention(AttentionMixer):
     def finish(self, q: Tensor, k: Tensor, v: Tensor, state: State | None, packing: Packing | None) -> tuple[Tensor, State]:
         """All that follows the projections `[B, T, H * K]` of q and `[B, T, G * K]` of k and v."""
         positions = token_positions(q, state["length"] if state else None, packing)
+        o, state = self.attend(*self.turn(q, k, v, positions), positions, state, packing)
+        return self.out_proj(merge_heads(o)), state
+
+    def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[B, T, ., K]` of tokens at these positions `[B, T]`."""
+        return self.turn(self.q_proj(x), self.k_proj(x), self.v_proj(x), positions)
+
+    def turn(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of what the projections gave."""
         q, k = self.q_norm(split_heads(q, self.heads)), self.k_norm(split_heads(k, self.groups))
-        v = split_heads(v, self.groups)
         if self.rope is not None:
             table = rotary_table(positions, *self.rope)
             q, k = rotate(q, table), rotate(k, table)
-        o, state = self.attend(q, k, v, positions, state, packing)
-        return self.out_proj(merge_heads(o)), state
+        return q, k, split_heads(v, self.groups)
