@@ -137,8 +137,8 @@ RULES = (
     rename("classifier.{weight,bias}", "score.{weight,bias}"),
 )
 FORGETS = (
-    "embedding_dropout", "mlp_dropout", "initializer_cutoff_factor", "deterministic_flash_attn", "sparse_prediction",
-    "sparse_pred_ignore_index", "cls_token_id", "sep_token_id",
+    "initializer_cutoff_factor", "deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index", "cls_token_id",
+    "sep_token_id",
 )  # fmt: skip
 SMALL = dict(num_hidden_layers=4, local_attention=6, cls_token_id=1, sep_token_id=2, architectures=["ModernBertForMaskedLM"])
 TRIALS = {
