@@ -3,16 +3,18 @@
 Their libraries compute on GPUs only, so what they define is written down here once more, reading their tensors by their names.
 """
 
+import copy
 import json
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_layout_fla import Weights, drawn, recur, rms, transformer
+from test_layout_fla import Weights, drawn, recur, rms, transformer, turn
 from torch.nn import functional as F
 
 import zoo
 from zoo.evaluate.closeness import assert_close
+from zoo.ops import use_backend
 
 D, L, VOCABULARY, INNER = 32, 3, 61, 40
 LLAMA = {
@@ -26,6 +28,8 @@ BESIDE = "mamba_config.json"
 SIDE = {"d_model": D, "rms_norm_eps": 1e-5, "vocab_size": None, "intermediate_size": INNER, "hidden_act": "silu", "n_layer": L}
 JET = {"head_dim": 6, "num_heads": 2, "expand_v": 2.6666666667, "conv_size": 4, "dconv_generator_reduction": 8, "norm_eps": "1e-5",
        "mode": "chunk", "dconv_implementation": "triton"}  # fmt: skip
+QWEN = LLAMA | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "_layer_implementation": "Qwen2MemDecoderLayer",
+                "sliding_window": 5, "loss_type": ["kl"], "use_normalized_l2": True}  # fmt: skip
 CASES = {  # layout, config.json, the file beside it
     "llamba": (
         "llamba",
@@ -67,6 +71,13 @@ CASES = {  # layout, config.json, the file beside it
                  "efficient_attention_config": {"jet": JET, "swa": {"window_size": 5}}},
         None,
     ),
+    "ahn-gated": (
+        "ahn",
+        QWEN | {"_ahn_implementation": "GatedDeltaNet", "num_attn_sinks": 3, "tie_word_embeddings": True},
+        None,
+    ),
+    "ahn-delta": ("ahn", QWEN | {"_ahn_implementation": "DeltaNet", "num_attn_sinks": 1, "sliding_window": 4}, None),
+    "ahn-mamba2": ("ahn", QWEN | {"_ahn_implementation": "Mamba2"}, None),
     "jet_nemotron-alone": (
         "jet_nemotron",
         LLAMA | {"model_type": "jet_nemotron", "architectures": ["JetNemotronForCausalLM"], "layer_types": ["jet"] * L,
@@ -123,18 +134,33 @@ def jet_keys(c: dict, side: dict | None) -> dict:
     return shapes | {"A_log": (heads,), "dt_bias": (heads,), "o_norm.weight": (values // heads,)}
 
 
+def ahn_keys(c: dict, side: dict | None) -> dict:
+    heads, kind = c["num_attention_heads"], c["_ahn_implementation"]
+    channels, names = D // heads, "dt_proj g_proj" if kind == "Mamba2" else "b_proj g_proj"
+    keys = {f"{name}.weight": (heads, D) for name in names.split()} | {"o_proj.weight": (heads, channels, channels)}
+    if kind == "Mamba2":
+        keys = biased(keys, "dt_proj", "g_proj") | {"norm.weight": (D,), "A_log": (heads,), "dt_bias": (heads,)}
+    else:
+        keys |= {"o_norm.weight": (channels,)}
+    if kind == "GatedDeltaNet":
+        keys |= {"a_proj.weight": (heads, D), "A_log": (heads,), "dt_bias": (heads,), "D": (heads,)}
+    return {f"ahn.fn.{name}": shape for name, shape in keys.items()} | attention_keys(c, side)
+
+
 def attention_keys(c: dict, side: dict | None) -> dict:
     shared = D * c["num_key_value_heads"] // c["num_attention_heads"]
     keys = {f"{name}_proj.weight": (shared if name in "kv" else D, D) for name in "qkvo"}
     return keys if side else biased(keys, "q_proj", "k_proj", "v_proj")
 
 
-KEYS = {"llamba": llamba_keys, "mamba2_in_llama": mamba2_keys, "mamba_in_llama": mamba_keys, "jet_nemotron": jet_keys}
+KEYS = {"llamba": llamba_keys, "mamba2_in_llama": mamba2_keys, "mamba_in_llama": mamba_keys, "jet_nemotron": jet_keys, "ahn": ahn_keys}
 
 
 def kind_of(case: str, index: int) -> tuple[str, str]:
     """What layer `index` is, and under which name its tensors lie."""
     layout, config, side = CASES[case]
+    if layout == "ahn":
+        return layout, "self_attn"
     if layout == "jet_nemotron":
         return {"jet": layout, "attn": "attention", "swa": "window"}[config["layer_types"][index]], "self_attn"
     if side is not None and index in side["attn_layers"]:
@@ -152,7 +178,7 @@ def keys_of(case: str) -> dict[str, tuple[int, ...]]:
         mlp = {"gate_proj.weight": (INNER, D), "up_proj.weight": (INNER, D), "down_proj.weight": (D, INNER)}
         if c.get("mlp_cfg", MLP)["bias"]:
             mlp = biased(mlp, "gate_proj", "up_proj", "down_proj")
-        keys |= {f"layers.{i}.{name}.{key}": shape for key, shape in mixer.items()}
+        keys |= {f"layers.{i}.{'' if key.startswith('ahn.') else name + '.'}{key}": shape for key, shape in mixer.items()}
         keys |= {f"layers.{i}.mlp.{key}": shape for key, shape in mlp.items()}
         keys |= {f"layers.{i}.{part}_layernorm.weight": (D,) for part in ("input", "post_attention")}
     ends = {"embedding.weight": (VOCABULARY, D), "final_layernorm.weight": (D,)}
@@ -170,6 +196,7 @@ def checkpoint(tmp_path):
     def make(case: str, changes: dict | None = None, beside: dict | None = None):
         _, config, side = CASES[case]
         config, tensors = config | (changes or {}), drawn(keys_of(case))
+        tensors |= {name: torch.ones_like(tensor) for name, tensor in tensors.items() if name.endswith("ahn.fn.D")}
         save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
         (tmp_path / "config.json").write_text(json.dumps(config))
         if side is not None:
@@ -267,9 +294,47 @@ def attention(w: Weights, x, c: dict, side: dict | None) -> torch.Tensor:
     return transformer(w, x, said | ({"window_size": window} if window else {}), 0)
 
 
+def turned(w: Weights, x, c: dict) -> list[torch.Tensor]:
+    """Queries, keys and values of all heads."""
+    heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
+    (q,), (k, v) = w.heads(x, heads, "q_proj"), w.heads(x, groups, "k_proj", "v_proj")
+    q, k = turn(q, c["rope_theta"]), turn(k, c["rope_theta"])
+    return [q, *(t.repeat_interleave(heads // groups, 2) for t in (k, v))]
+
+
+def ahn(w: Weights, x, c: dict, side: dict | None) -> torch.Tensor:
+    """Token by token: softmax over sinks and window, and a memory that has been given what left the window (arXiv:2510.07318)."""
+    fn, kind = Weights(w.tensors, w.prefix.replace("self_attn", "ahn.fn")), c["_ahn_implementation"]
+    (q, k, v), width, sinks, heads = turned(w, x, c), c["sliding_window"], c.get("num_attn_sinks", 0), c["num_attention_heads"]
+    q_unit, k_unit = (z * (z.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for z in (q, k))
+    if kind == "Mamba2":
+        q_unit, k_unit = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        step = F.softplus(fn.linear("dt_proj", x) + fn["dt_bias"])
+        decay = (-step * fn["A_log"].exp()).exp()
+    else:
+        step, decay = fn.linear("b_proj", x).sigmoid(), torch.ones(*x.shape[:2], heads, dtype=x.dtype)
+        if kind == "GatedDeltaNet":
+            decay = (-fn["A_log"].exp() * F.softplus(fn.linear("a_proj", x) + fn["dt_bias"])).exp()
+    memory, out = x.new_zeros(len(x), heads, q.shape[-1], q.shape[-1]), []
+    for t in range(x.shape[1]):
+        if (gone := t - width) >= sinks:
+            memory = decay[:, gone, :, None, None] * memory
+            held = 0 if kind == "Mamba2" else torch.einsum("bhk,bhkv->bhv", k_unit[:, gone], memory)
+            memory = memory + torch.einsum("bhk,bhv->bhkv", k_unit[:, gone], step[:, gone, :, None] * (v[:, gone] - held))
+        seen = [j for j in range(t + 1) if j < sinks or j > t - width]
+        shares = (torch.einsum("bhk,bshk->bhs", q[:, t], k[:, seen]) * q.shape[-1] ** -0.5).softmax(-1)
+        read = torch.einsum("bhk,bhkv->bhv", q_unit[:, t], memory) * (1 if kind == "Mamba2" else q.shape[-1] ** -0.5)
+        gate = F.silu(fn.linear("g_proj", x[:, t]))[..., None]
+        read = (
+            rms((read * gate).flatten(-2), fn["norm.weight"]).view_as(read) if kind == "Mamba2" else rms(read, fn["o_norm.weight"]) * gate
+        )
+        out.append(torch.einsum("bhs,bshv->bhv", shares, v[:, seen]) + torch.einsum("bhi,hio->bho", read, fn["o_proj.weight"]))
+    return w.linear("o_proj", torch.stack(out, 1).flatten(-2))
+
+
 MIXERS = {
     "llamba": llamba, "mamba2_in_llama": mamba2, "mamba_in_llama": mamba, "jet_nemotron": jet_nemotron, "attention": attention,
-    "window": window,
+    "window": window, "ahn": ahn,
 }  # fmt: skip
 
 
@@ -314,6 +379,8 @@ def test_written_back_it_is_what_it_was(checkpoint, case, tmp_path):
     if case.startswith("llamba"):  # their config knows no more than this
         config = {name: config[name] for name in ("mlp_cfg", "ssm_cfg", "tie_embeddings", *LLAMBA)}
         written["ssm_cfg"] = {name: written["ssm_cfg"][name] for name in config["ssm_cfg"]}
+    elif case.startswith("ahn"):
+        config = {name: value for name, value in config.items() if name not in ("loss_type", "use_normalized_l2")}
     elif case.startswith("jet_nemotron"):
         config = config | {"efficient_attention_config": {"jet": config["efficient_attention_config"]["jet"] | {"norm_eps": 1e-5}}}
         written["efficient_attention_config"] = {"jet": written["efficient_attention_config"]["jet"]}
@@ -342,6 +409,10 @@ def test_written_back_it_is_what_it_was(checkpoint, case, tmp_path):
         ("jet_nemotron", {"layer_types": ["swa", "jet", "mamba"]}, None, "mamba"),
         ("jet_nemotron", {"efficient_attention_config": {"jet": JET | {"wild": 1}}}, None, "wild"),
         ("jet_nemotron", {"efficient_attention_config": {"jet": JET | {"expand_v": 2.1}}}, None, "expand_v=2.1"),
+        ("ahn-gated", {"use_q_proj": True}, None, "use_q_proj=True"),
+        ("ahn-gated", {"use_ahn_router": True}, None, "use_ahn_router=True"),
+        ("ahn-gated", {"_ahn_implementation": "GLA"}, None, "_ahn_implementation='GLA'"),
+        ("ahn-gated", {"sliding_window": None}, None, "no sliding_window"),
         ("jet_nemotron", {"hidden_act": "gelu"}, None, "hidden_act='gelu'"),
         ("mamba_in_llama", {}, {"ssm_cfg": {"d_state": 4, "proj_x_bias": True}}, "proj_x_bias=True"),
     ],
@@ -350,3 +421,54 @@ def test_what_we_cannot_express_is_refused(checkpoint, case, changes, beside, me
     *_, folder = checkpoint(case, changes, beside)
     with pytest.raises(ValueError, match=message):
         zoo.from_pretrained(folder)
+
+
+def test_what_was_trained_beside_a_base_model_finds_its_place(checkpoint, tmp_path):
+    config, _, tensors, folder = checkpoint("ahn-gated", {"fa_layer_ids": "0"})
+    whole, report = zoo.from_pretrained(folder, output_loading_info=True)
+    assert report.dropped.keys() == {name for name in tensors if name.startswith("model.layers.0.ahn.")}
+    trained = {name: tensor for name, tensor in tensors.items() if ".ahn." in name}
+    base, part = tmp_path / "base", tmp_path / "part"
+    for place, said, content in ((base, LLAMA | {"model_type": "qwen2"}, tensors), (part, config, trained)):
+        place.mkdir()
+        held = {name: tensor for name, tensor in content.items() if place == part or ".ahn." not in name}
+        save_file(held, place / "model.safetensors", metadata={"format": "pt"})
+        (place / "config.json").write_text(json.dumps(said))
+    joined = zoo.from_pretrained(part, base=base)
+    assert all(torch.equal(tensor, whole.state_dict()[name]) for name, tensor in joined.state_dict().items())
+    joined.save_pretrained(tmp_path / "back", layout="ahn", delta=True)
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert back.keys() == trained.keys() - report.dropped.keys() and all(torch.equal(back[name], trained[name]) for name in back)
+    with pytest.raises(ValueError, match="'ahn' checkpoint holds only what was added to a base model; name that model's with base="):
+        zoo.from_pretrained(part)
+    with pytest.raises(ValueError, match="checkpoints of the layout 'qwen2' are whole; leave base= out"):
+        zoo.from_pretrained(base, base=base)
+    with pytest.raises(ValueError, match="'llamba' cannot tell what was trained from its base model"):
+        zoo.from_config("llamba-tiny").save_pretrained(tmp_path / "out", layout="llamba", delta=True)
+
+
+VARIANTS = {  # what the smallest presets leave out
+    "ahn-delta": ("ahn-tiny", {"memory": "delta_net"}),
+    "ahn-mamba2": ("ahn-tiny", {"memory": "mamba2", "full_layers": [1], "sinks": 0}),
+    "llamba": ("llamba-tiny", {"bias": True, "conv_activation": "silu", "conv_bias": False}),
+    "mamba2_in_llama": ("mamba2_in_llama-tiny", {"repeat_first": True, "bias": True}),
+    "mamba_in_llama": ("mamba_in_llama-tiny", {"repeat_first": False, "step_rank": 3}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_pieces_of_any_length_give_the_whole(variant):
+    name, fields = VARIANTS[variant]
+    torch.manual_seed(0)
+    model = zoo.from_config(name, **fields).eval()
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn_like(parameter))
+    ids = torch.randint(3, 256, (2, 40), generator=torch.Generator().manual_seed(1))
+    with use_backend("reference"):
+        plain, exact = model(ids).logits, copy.deepcopy(model).double()(ids).logits
+    out, seen, cache = [], 0, None
+    for length in (3, 1, 1, 9, 1, 20, 1, 4):
+        step = model(ids[:, seen : seen + length], past_key_values=cache, use_cache=True)
+        out, seen, cache = [*out, step.logits], seen + length, step.past_key_values
+    assert_close(torch.cat(out, 1), plain, exact, "logits")

@@ -115,6 +115,35 @@ def ring_append(
     return keys, values, torch.cat([before, at], dim=1), new
 
 
+def ring_leaving(cache: Cache | None, new: Cache, window: int, sinks: int = 0, packing: Packing | None = None) -> tuple[Cache, Tensor]:
+    """For each new token the one that leaves the window because of it, `window` positions before; sinks never leave.
+
+    Args:
+        cache: a ring as `ring_append` keeps it, which must not have seen the new tokens yet; it may keep more than k and v.
+        new: tensors of the new tokens, `[B, T, ...]`, named as in the cache.
+
+    Returns:
+        the same names with what leaves, and whether anything does, `[B, T]`; where nothing does, they hold any token.
+    """
+    at = upcoming(cache, next(iter(new.values())), packing)
+    first = 0 if cache is None else cache["length"].unsqueeze(1)
+    gone = at - window
+    there = gone >= sinks
+    slot = sinks + (gone - sinks) % window if cache is not None else 0
+    before = 0 if cache is None else sinks + window  # slots ahead of the new tokens
+    place = torch.where(there, torch.where(gone < first, slot, before + gone - first), 0)
+    found = {}
+    for name, x in new.items():
+        pool = x if packing is None else packing.pad(x)
+        if cache is not None:  # up to so many new tokens, none leaves in the call it came in
+            kept = cache[name].to(x.dtype)
+            pool = kept if at.shape[1] <= window else torch.cat([kept, pool], dim=1)
+        found[name] = pool[torch.arange(len(at), device=at.device).unsqueeze(1), place]
+    if packing is None:
+        return found, there
+    return {name: packing.unpad(x) for name, x in found.items()}, packing.unpad(there)
+
+
 def ring_positions(length: Tensor, window: int, sinks: int) -> Tensor:
     """`[B, sinks + window]`: the position in each slot of a ring after `length` `[B]` tokens, -1 where it is empty."""
     length = length.unsqueeze(1)
