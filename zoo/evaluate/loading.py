@@ -1,9 +1,9 @@
 """What loading a foreign checkpoint costs in memory, on a Llama (or a Phi-3, whose tensors are split) of random weights."""
 
 import json
-import subprocess
-import sys
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -65,21 +65,18 @@ def resident(field: str) -> int:
     return 1024 * int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)).split()[1])
 
 
-def measure(folder: Path) -> Loading:
-    """Load the checkpoint in a process of its own, with everything imported before."""
-    files = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
-    run = subprocess.run([sys.executable, "-m", __name__, str(folder)], check=True, capture_output=True, text=True)
-    return Loading(shard=max(files), shards=len(files), **json.loads(run.stdout.splitlines()[-1]))
-
-
-def main() -> None:
+def load(folder: Path) -> tuple[int, int]:
+    """Bytes of the weights, and how much more of this process is resident at its most than was before."""
     before = resident("VmRSS")
-    model = from_pretrained(sys.argv[1])
+    model = from_pretrained(folder)
     for parameter in model.parameters():
         parameter.sum()  # a weight that was only mapped into memory is read now
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    print(json.dumps({"model": weights, "peak": resident("VmHWM") - before}))
+    return sum(parameter.nbytes for parameter in model.parameters()), resident("VmHWM") - before
 
 
-if __name__ == "__main__":
-    main()
+def measure(folder: Path) -> Loading:
+    """Load the checkpoint in a process of its own."""
+    files = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        model, peak = pool.submit(load, folder).result()
+    return Loading(model=model, shard=max(files), shards=len(files), peak=peak)
