@@ -62,7 +62,7 @@ class QRWKV7Config(ZooConfig):
 
 
 class QRWKV7Mixer(RADMixer):
-    """State: see `RADMixer`. Carried to later layers: the values of the first, `[B, T, H, K]`."""
+    """State: see `RADMixer`. Carried to later layers: the values of the first, `[B, T, D]`."""
 
     traits = Traits(carry=True)
 
@@ -117,9 +117,10 @@ class QRWKV7Mixer(RADMixer):
         log_decay = split_heads(-DECAY * wide(self.decay_proj(mixed["w"])).sigmoid(), self.heads)
         rate = split_heads(wide(self.rate_proj(mixed["a"])).sigmoid().to(k.dtype), self.heads)
         if carry is None:
-            carry = v
+            carry = merge_heads(v)
         elif self.residual_proj is not None:
-            v = v + (carry - v) * split_heads(wide(self.residual_proj(mixed["v"])).sigmoid().to(v.dtype), self.heads)
+            share = wide(self.residual_proj(mixed["v"])).sigmoid().to(v.dtype)
+            v = v + (split_heads(carry, self.heads) - v) * split_heads(share, self.heads)
         if self.balance:
             removal, k = k, k * (rate - torch.expm1(log_decay).to(k.dtype))
         else:
