@@ -7,7 +7,7 @@
 
 As much is written as is forgotten, which takes the place of RWKV-6's norm over each head; its bonus is gone.
 
-Paper: Goldstein et al. 2025, RADLADS, arXiv:2505.03005. RWKV-6: Peng et al. 2024, arXiv:2404.05892.
+Paper: Goldstein et al. 2025, RADLADS, arXiv:2505.03005, appendix A.1, eq. 1-14. RWKV-6: Peng et al. 2024, arXiv:2404.05892.
 """
 
 import math

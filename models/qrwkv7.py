@@ -11,8 +11,8 @@
 `kappa_t = unit_length(k_t * k_k)`, `k~_t = k_t * (1 + (a_t - 1) * k_a)`; nothing is divided by sqrt(K). So are ARWKV and the
 first QRWKV7.
 
-Papers: Goldstein et al. 2025, RADLADS, arXiv:2505.03005; ARWKV, arXiv:2501.15570. RWKV-7: Peng et al. 2025,
-arXiv:2503.14456, section 4.
+Papers: Goldstein et al. 2025, RADLADS, arXiv:2505.03005, appendix A.2, eq. 17-27; Lin et al. 2025, ARWKV, arXiv:2501.15570.
+RWKV-7: Peng et al. 2025, arXiv:2503.14456, section 4.
 """
 
 import math
