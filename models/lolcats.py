@@ -24,7 +24,7 @@ from zoo.converted import KEPT, PROJECTIONS, derived, read_teacher, with_adapter
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import HedgehogFeatures, check_rope_scaling, merge_heads, rotary_table, rotate, split_heads, token_positions, wide
+from zoo.layers import HedgehogFeatures, check_rope_scaling, merge_heads, token_positions, wide
 from zoo.layout import Delta, Layout, Pattern, Rule, mapped, rename
 from zoo.mixer import State, Traits
 from zoo.registry import register
@@ -97,10 +97,7 @@ class LolcatsMixer(RotaryAttention):
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
         positions = token_positions(x, state["length"] if state else None, packing)
-        table = rotary_table(positions, *self.rope)
-        q = rotate(split_heads(self.q_proj(x), self.heads), table)
-        k = rotate(split_heads(self.k_proj(x), self.groups), table)
-        v = split_heads(self.v_proj(x), self.groups)
+        q, k, v = self.project(x, positions)
         if packing is not None:
             q, k, v = packing.pad(q), packing.pad(k), packing.pad(v)
         rows, length = k.shape[:2]
