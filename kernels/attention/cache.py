@@ -136,9 +136,9 @@ def ring_leaving(cache: Cache | None, new: Cache, window: int, sinks: int = 0, p
     for name, x in new.items():
         pool = x if packing is None else packing.pad(x)
         if cache is not None:  # up to so many new tokens, none leaves in the call it came in
-            kept = cache[name].to(x.dtype)
-            pool = kept if at.shape[1] <= window else torch.cat([kept, pool], dim=1)
-        found[name] = pool[torch.arange(len(at), device=at.device).unsqueeze(1), place]
+            kept = cache[name]
+            pool = kept if at.shape[1] <= window else torch.cat([kept, pool.to(kept.dtype)], dim=1)
+        found[name] = pool[torch.arange(len(at), device=at.device).unsqueeze(1), place].to(x.dtype)
     if packing is None:
         return found, there
     return {name: packing.unpad(x) for name, x in found.items()}, packing.unpad(there)
