@@ -9,7 +9,7 @@ Paper: NVIDIA 2025, arXiv:2504.03624: the layers and their patterns in section 2
 from huggingface_hub.dataclasses import strict
 
 from zoo.config import ZooConfig
-from zoo.layout import Layout, rename, squeeze, within
+from zoo.layout import Layout, drop, rename, squeeze, within
 from zoo.registry import get, register
 from zoo.terms import expect, expect_free_steps, foreign_activation, own_activation, same_fields
 
@@ -83,7 +83,7 @@ def from_foreign(foreign: dict) -> dict:
     """Our fields."""
     expect(
         foreign, mamba_hidden_act="silu", attention_bias=False, mamba_proj_bias=False, sliding_window=None, n_shared_experts=1,
-        num_nextn_predict_layers=0, tie_word_embeddings=False, residual_in_fp32=False,
+        tie_word_embeddings=False, residual_in_fp32=False,
     )  # fmt: skip
     expect_free_steps(foreign)
     letters = {kind: letter for letter, kind in KINDS.items()}
@@ -116,6 +116,7 @@ def to_foreign(config: NemotronHConfig) -> dict:
     }  # fmt: skip
 
 
+EXTRA, MORE = "layers of multi-token prediction are not built, as in transformers", "mtp.layers.{}."
 THEIRS, MIXER, CHANNEL = "backbone.layers.{}.mixer.", "model.layers.{}.mixer.", "model.layers.{}.channel_mixer."
 RULES = (
     rename("backbone.embeddings.weight", "model.embed_tokens.weight"),
@@ -136,6 +137,11 @@ RULES = (
         squeeze(THEIRS + "conv1d.{weight,bias}", MIXER + "conv.{weight,bias}"),
         rename(THEIRS + "{A_log,D,dt_bias}", MIXER + "{A_log,D,dt_bias}"),
     ),
+    drop(MORE + "{norm,enorm,hnorm,eh_proj,final_layernorm}.weight", EXTRA),
+    drop(MORE + "mixer.{q_proj,k_proj,v_proj,o_proj,fc1_latent_proj,fc2_latent_proj}.{weight,bias}", EXTRA),
+    drop(MORE + "mixer.{gate.weight,gate.e_score_correction_bias}", EXTRA),
+    drop(MORE + "mixer.shared_experts.{up,down}_proj.{weight,bias}", EXTRA),
+    drop(MORE + "mixer.experts.{}.{up,down}_proj.weight", EXTRA),
 )
 SMALL = {
     "mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 2, "head_dim": 8, "chunk_size": 8,
@@ -174,7 +180,7 @@ register(
             "nemotron_h", ("nemotron_h",), from_foreign, to_foreign, RULES, prefix="backbone.", trials=TRIALS,
             forgets=(
                 "expand", "mamba_ssm_cache_dtype", "moe_shared_expert_overlap", "mtp_layers_block_type", "num_logits_to_keep",
-                "rescale_prenorm_residual", "time_step_floor",
+                "num_nextn_predict_layers", "rescale_prenorm_residual", "time_step_floor",
             ),
         ),
     ),

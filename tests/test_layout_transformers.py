@@ -37,6 +37,13 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0
         ("recurrent_gemma", "plain", {"intermediate_size": 51}, "odd intermediate_size"),
         ("bamba", "plain", {"time_step_limit": [0.0, 1.0]}, "time_step_limit"),
         ("kimi_linear", "plain", {"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ("nemotron_h", "all", {"tie_word_embeddings": True}, "tie_word_embeddings=True is not supported"),
+        ("nemotron_h", "all", {"sliding_window": 4}, "sliding_window=4 is not supported"),
+        ("nemotron_h", "dense", {"mlp_hidden_act": "tanh"}, "hidden_act 'tanh' is not supported"),
+        ("zamba2", "shared", {"tie_word_embeddings": False}, "tie_word_embeddings=False is not supported"),
+        ("zamba2", "shared", {"use_long_context": True}, "use_long_context=True is not supported"),
+        ("zamba2", "shared", {"rms_norm_eps": 1e-6}, "rms_norm_eps=1e-06 is not supported"),
+        ("zamba2", "adapted", {"rope_parameters": TURNING | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor other than 1"),
         ("xlstm", "plain", {"weight_mode": "fused"}, "weight_mode='fused' is not supported"),
         ("xlstm", "plain", {"use_bias": True}, "use_bias=True is not supported"),
         ("xlstm", "plain", {"eps": 1e-3}, "eps=0.001 is not supported"),
@@ -72,6 +79,10 @@ def test_what_we_cannot_express_is_refused(tmp_path, layout, trial, changes, mes
         ("gpt_neox", {"output_norms": True}, "gpt_neox", "cannot express output_norms=True"),
         ("gemma2", {"embedding_scale": 2.0}, "gemma2", "cannot express embedding_scale=2.0"),
         ("gemma2", {"output_norms": False}, "gemma2", "cannot express output_norms=False"),
+        ("nemotron_h", {"mamba": {"dt_floor": 0.0, "head_dim": 16, "num_groups": 2}}, "nemotron_h", "cannot express mamba="),
+        ("nemotron_h", {"tie_word_embeddings": True}, "nemotron_h", "tie_word_embeddings=True is not supported"),
+        ("zamba2", {"tie_word_embeddings": False}, "zamba2", "tie_word_embeddings=False is not supported"),
+        ("zamba2", {"num_kv_heads": 2, "tie_word_embeddings": True}, "zamba2", "num_key_value_heads=2 is not supported"),
         ("rwkv4", {"norm_eps": 1e-3}, "rwkv", "layer_norm_epsilon=0.001 is not supported"),
         ("rwkv4", {"embedding_norm": False}, "rwkv", "cannot express embedding_norm=False"),
         ("xlstm", {"tie_word_embeddings": True}, "xlstm", "cannot express tie_word_embeddings=True"),
@@ -116,6 +127,20 @@ def test_masks_among_the_weights_are_dropped(tmp_path):
     ours, report = zoo.from_pretrained(tiny.folder, output_loading_info=True)
     assert report.dropped.keys() == masks.keys()
     assert torch.equal(ours.model.embed_tokens.weight, tiny.theirs.transformer.wte.weight)
+
+
+def test_layers_of_multi_token_prediction_are_dropped(tmp_path):
+    """They are laid out like the others, the first with a projection of two normalised inputs."""
+    tiny = make_trial(find("nemotron_h"), "latent", tmp_path)
+    stored = load_file(tiny.folder / "model.safetensors")
+    extra = {f"mtp.layers.0.{name}.weight": torch.ones(32) for name in ("enorm", "hnorm", "eh_proj", "final_layernorm")}
+    for index, layer in ((0, 2), (1, 0)):  # attention, then experts
+        start = f"backbone.layers.{layer}."
+        extra |= {name.replace(start, f"mtp.layers.{index}."): tensor for name, tensor in stored.items() if name.startswith(start)}
+    save_file(stored | {n: t.clone() for n, t in extra.items()}, tiny.folder / "model.safetensors", metadata={"format": "pt"})
+    ours, report = zoo.from_pretrained(tiny.folder, output_loading_info=True)
+    assert report.dropped.keys() == extra.keys() and len(extra) > 20
+    assert torch.equal(ours.model.embed_tokens.weight, tiny.theirs.model.embeddings.weight)
 
 
 @torch.no_grad()
