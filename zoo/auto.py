@@ -1,12 +1,14 @@
 """Models by name and by path."""
 
 import os
+import sys
 
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from zoo import registry
 from zoo.config import ZooConfig
+from zoo.keys import OTHER_HEAD, Report
 
 TASKS = {
     "base": "Model",
@@ -42,13 +44,14 @@ def from_config(name: str | ZooConfig, *, task: str | None = None, **fields):
     return model_class(config, task)(config)
 
 
-def from_pretrained(path_or_id: str | os.PathLike, *, task: str | None = None, **kwargs):
+def from_pretrained(path_or_id: str | os.PathLike, *, task: str | None = None, verbose: bool = False, **kwargs):
     """A model with its weights, from a folder or a Hub id.
 
     Args:
         path_or_id: a zoo checkpoint, or one in a foreign layout that `zoo.layouts()` lists, which is translated; or a `.pth`
             file of tensors that stands alone.
         task: as in `from_config`; by default what the checkpoint was saved as.
+        verbose: write to the standard output what became of every key; `output_loading_info=True` returns it with the model.
         kwargs: of transformers' `from_pretrained`: dtype, device_map, revision, token, cache_dir... For a foreign checkpoint that
             holds only what was added to a base model also `base`, the folder or Hub id of that model; or a list of it and of what
             was added before.
@@ -59,13 +62,20 @@ def from_pretrained(path_or_id: str | os.PathLike, *, task: str | None = None, *
     if not str(raw.get("model_type")).startswith("zoo_"):
         from zoo.foreign import load_foreign  # the files of others are needed by few
 
-        return load_foreign(path_or_id, raw, task=task, **kwargs)
+        return load_foreign(path_or_id, raw, task=task, verbose=verbose, **kwargs)
     config = AutoConfig.from_pretrained(path_or_id, **hub)
     if task is None and config.architectures:
         saved = {cls.__name__: suffix for suffix, cls in registry.get(config.name).models.items()}
         suffix = saved.get(config.architectures[0])
         task = next((t for t, s in TASKS.items() if s == suffix), None)
-    return model_class(config, task).from_pretrained(path_or_id, **kwargs)
+    cls, info = model_class(config, task), kwargs.pop("output_loading_info", False)
+    model, found = cls.from_pretrained(path_or_id, output_loading_info=True, **kwargs)
+    if verbose:
+        fresh, names = sorted(found["missing_keys"]), model.state_dict().keys()
+        dropped = dict.fromkeys(sorted(found["unexpected_keys"]), OTHER_HEAD)
+        report = Report({name: name for name in names if name not in fresh}, fresh=fresh, dropped=dropped)
+        sys.stdout.write(f"{path_or_id}: {config.name}\n{report}\n")
+    return (model, found) if info else model
 
 
 def raw_config(path_or_id: str | os.PathLike, base: str | os.PathLike | list | None, hub: dict) -> dict:

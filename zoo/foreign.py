@@ -2,31 +2,29 @@
 
 import json
 import os
-import pickle
-from collections.abc import Iterable
+import sys
 from pathlib import Path
-from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 from transformers import GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as HEADS  # some are called ...LMHeadModel
-from transformers.utils import cached_file
 
 from zoo.auto import TASKS, model_class
 from zoo.layout import Layout, State, find_layout, get_layout
 from zoo.registry import ARCHITECTURES, AUTO, get
 from zoo.saving import CheckpointMixin, whole_or_nothing
+from zoo.stored import locate, read, read_file
 
 HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 LABELS = ("id2label", "label2id", "problem_type", "dtype")  # what any config may say, whatever its architecture
 
 
-def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | None = None,
-                 base: str | os.PathLike | list | None = None, output_loading_info: bool = False, **kwargs):  # fmt: skip
+def load_foreign(
+    path_or_id: str | os.PathLike, config: dict, *, task: str | None = None, base: str | os.PathLike | list | None = None,
+    num_labels: int | None = None, output_loading_info: bool = False, verbose: bool = False, **kwargs,
+):  # fmt: skip
     """One of our models with the weights of a foreign checkpoint, which is read as it is needed and never held twice.
 
     Args:
@@ -35,7 +33,9 @@ def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | Non
         task: as in `zoo.from_config`; by default what the checkpoint was saved as.
         base: checkpoint of the model beside which this one was trained, where this one holds only what was added; in a list,
             what was added before comes behind it.
+        num_labels: of the head of a classifier, where it is another than the checkpoint's.
         output_loading_info: return `(model, Report)`.
+        verbose: write the report to the standard output.
         kwargs: of transformers' `from_pretrained`.
 
     Raises:
@@ -50,12 +50,18 @@ def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | Non
         weights = {name: tensor for path in before for name, tensor in read(path, elsewhere(hub)).items()} | read(path_or_id, hub)
         config = config | {"tensors": described(weights)["tensors"]}  # the base's config does not speak of what was added
     config = described(weights) if alone else config | read_beside(path_or_id, config, hub)
+    if quantised := config.get("quantization_config"):
+        method = quantised.get("quant_method", "some method")
+        raise ValueError(
+            f"{path_or_id} is quantised with {method}; load its original, or dequantise it with that library and save it again"
+        )
     entry, layout = find_layout(config)
     config = with_defaults(config, layout)
     saved = saved_task(config)
     if task not in (None, "base"):  # what the layout is told, as some models attend otherwise to another task
         config["architectures"] = [layout.classes + TASKS.get(task, "")]
     own = entry.config(**layout.config_map(config), **{name: config[name] for name in LABELS if config.get(name) is not None})
+    own.num_labels = own.num_labels if num_labels is None else num_labels
     cls = model_class(own, task or saved)
     with torch.device("meta"):
         skeleton = cls(own)
@@ -63,6 +69,8 @@ def load_foreign(path_or_id: str | os.PathLike, config: dict, *, task: str | Non
     weights = read(path_or_id, hub) if weights is None else weights
     weights = joined(weights, layout, config, base, hub)
     state, report = layout.to_zoo(weights, skeleton, other_task=other_task)
+    if verbose:
+        sys.stdout.write(f"{path_or_id}: {layout.name} -> {entry.name}\n{report}\n")
     # past our own from_pretrained, which would refuse what a layout declares fresh; the report has accounted for every key
     model = super(CheckpointMixin, cls).from_pretrained(None, config=own, state_dict=state, **kwargs)
     model.name_or_path = model.config.name_or_path = str(path_or_id)
@@ -151,11 +159,6 @@ def saved_task(config: dict) -> str | None:
     return next((task for task, own in TASKS.items() if own == suffix), None)
 
 
-def locate(path_or_id: str | os.PathLike, name: str, hub: dict) -> str | None:
-    """The file of this name, downloaded if need be; None if there is none."""
-    return cached_file(path_or_id, name, **hub, _raise_exceptions_for_missing_entries=False)
-
-
 def read_beside(path_or_id: str | os.PathLike, config: dict, hub: dict) -> dict:
     """What lies beside config.json for a layout of this model type: file name -> content."""
     every = (layout for entry in ARCHITECTURES.values() for layout in entry.layouts if config.get("model_type") in layout.model_types)
@@ -178,46 +181,3 @@ def joined(weights: State, layout: Layout, config: dict, base: str | os.PathLike
         return weights
     whole = read(base, elsewhere(hub))
     return whole | weights if layout.delta.join is None else layout.delta.join(whole, weights, config)
-
-
-def read(path_or_id: str | os.PathLike, hub: dict) -> State:
-    """Every tensor of a checkpoint, mapped into memory rather than loaded."""
-    for stem in ("model.safetensors", "pytorch_model.bin"):
-        if single := locate(path_or_id, stem, hub):
-            return Stored([single])
-        if index := locate(path_or_id, stem + ".index.json", hub):
-            shards = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-            return Stored(cached_file(path_or_id, shard, **hub) for shard in shards)
-    if single := locate(path_or_id, "model.pt", hub):
-        return read_file(single)
-    raise ValueError(f"{path_or_id} has neither model.safetensors nor pytorch_model.bin, whole or in shards; download its weights")
-
-
-class Stored(dict):
-    """The tensors of some files, mapped into memory: what is read of a file stays resident as long as any of its tensors is kept."""
-
-    def __init__(self, paths: Iterable[str]):
-        self.files = {}
-        for path in paths:
-            tensors = read_file(path)
-            self.update(tensors)
-            self.files |= dict.fromkeys(tensors, path)
-
-    def loan(self, name: str) -> Tensor:
-        """A tensor mapped once more, by itself, so that its memory goes with it."""
-        if not self.files[name].endswith(".safetensors"):
-            return self[name]
-        with safe_open(self.files[name], framework="pt") as file:
-            return file.get_tensor(name)
-
-
-def read_file(path: str) -> State:
-    """The tensors of one file, mapped into memory."""
-    try:
-        if path.endswith((".bin", ".pth", ".pt")):
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
-            return loaded.get("model_state_dict", loaded)
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a handle, not a dictionary)
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ValueError(f"{path} is truncated or corrupt ({error}); download or save it again") from error

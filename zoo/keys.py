@@ -1,7 +1,7 @@
 """Keys of two checkpoints, and the rules between them: which becomes which, and what is missing, surplus or not needed."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -94,6 +94,25 @@ class Report:
     transformed: dict[str, list[str]] = field(default_factory=dict)
     fresh: list[str] = field(default_factory=list)
     dropped: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """A line for each kind, and one for each reason."""
+        made = {name for names in self.transformed.values() for name in names}
+        lines = [
+            f"{len(self.taken)} tensors as they were: {few(self.taken)}",
+            f"{len(self.transformed)} made from {len(made)} others: {few(self.transformed)}",
+            f"{len(self.fresh)} start untrained: {few(self.fresh)}",
+        ]
+        for reason in dict.fromkeys(self.dropped.values()):
+            names = [name for name, why in self.dropped.items() if why == reason]
+            lines.append(f"{len(names)} not needed, {reason}: {few(names)}")
+        return "\n".join(line for line in lines if not line.startswith("0 "))
+
+
+def few(names: Collection[str]) -> str:
+    """The first names, and how many more there are."""
+    shown = ", ".join(list(names)[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ class Layout:
         bare = not any(name.startswith(self.prefix) for name in state)
         names = {self.current(self.prefix + name if bare else name): name for name in state}
         report = plan.account(set(names), other_task)
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        blank = model.state_dict()
         result = {}
         loan = getattr(state, "loan", state.__getitem__)  # what is made of a tensor need not keep its file in memory
         for job in plan.jobs:
@@ -217,23 +217,35 @@ class Layout:
             if own[0] in report.fresh:
                 continue
             foreign = [names[name] for name in job.foreign]
-            wanted = [shapes[name] for name in own]
+            wanted = [blank[name].shape for name in own]
             try:
                 given = [state[name] if job.rule.moved else loan(name) for name in foreign]
                 tensors = list(job.rule.to_own(given, wanted, model.config))
             except (ValueError, RuntimeError) as error:
                 raise ValueError(f"{', '.join(foreign)} cannot become {', '.join(own)}: {error}") from error
-            for name, tensor, shape in zip(own, tensors, wanted, strict=True):
-                if tensor.shape != shape:
-                    raise ValueError(
-                        f"{', '.join(foreign)}: {list(tensor.shape)} in the checkpoint, but {name} is {list(shape)} in the model"
-                    )
+            for name, tensor in zip(own, tensors, strict=True):
+                check_fit(", ".join(foreign), tensor, name, blank[name])
                 result[name] = tensor
             if job.rule.moved:
                 report.taken[foreign[0]] = own[0]
             else:
                 report.transformed |= dict.fromkeys(own, foreign)
+        self._check_tied(plan, state, names, result, model)
         return result, report
+
+    def _check_tied(self, plan: Plan, state: State, names: dict[str, str], result: State, model) -> None:
+        """Raise ValueError if the checkpoint holds a tensor that the config ties to another and that is different."""
+        for job in plan.tied_jobs:
+            (own,), foreign = (plan.own_names[name] for name in job.own), [names.get(name) for name in job.foreign]
+            source = result.get(model.all_tied_weights_keys[own])
+            if None in foreign or source is None:
+                continue
+            (copy,) = job.rule.to_own([state[name] for name in foreign], [source.shape], model.config)
+            if not torch.equal(copy, source):
+                raise ValueError(
+                    f"{', '.join(foreign)} is tied to the embedding by config.json, but differs from it in the checkpoint; "
+                    "set tie_word_embeddings to false if both are wanted"
+                )
 
     def current(self, name: str) -> str:
         """Today's name of a foreign key."""
@@ -264,14 +276,23 @@ class Layout:
         lost = [n for n in sorted(names) if getattr(config, n) is not None and getattr(config, n) != getattr(again, n)]
         if lost:
             values = ", ".join(f"{n}={getattr(config, n)!r}" for n in lost)
-            raise ValueError(
-                f"the layout {self.name!r} cannot express {values}; save without layout=, or choose another of {list(layouts())}"
-            )
+            others = [layout.name for layout in registry.get(config.name).layouts if layout is not self]
+            raise ValueError(f"the layout {self.name!r} cannot express {values}; save without layout=, or choose another of {others}")
 
 
 def layouts() -> dict[str, str]:
     """Foreign layouts that can be loaded and saved: name -> the architecture they become."""
     return {layout.name: entry.name for entry in registry.ARCHITECTURES.values() for layout in entry.layouts}
+
+
+def check_fit(foreign: str, tensor: Tensor, name: str, blank: Tensor) -> None:
+    """Raise ValueError unless a tensor made from the foreign ones can stand in the place of `blank`."""
+    if tensor.shape != blank.shape:
+        raise ValueError(
+            f"{foreign}: {list(tensor.shape)} in the checkpoint, but {name} is {list(blank.shape)} in the model its config.json describes"
+        )
+    if tensor.is_floating_point() != blank.is_floating_point() or tensor.element_size() == 1:
+        raise ValueError(f"{foreign} is of {tensor.dtype} in the checkpoint, so probably quantised; {name} is of {blank.dtype}")
 
 
 def find_layout(config: dict) -> tuple[registry.Architecture, Layout]:
@@ -283,7 +304,12 @@ def find_layout(config: dict) -> tuple[registry.Architecture, Layout]:
         if named and (layout.matches is None or layout.matches(config)):
             return entry, layout
     known = sorted({kind for _, layout in every for kind in layout.model_types if kind})
-    raise ValueError(f"no layout for checkpoints of model_type {kind!r}{nearest(kind, known)}; known: {', '.join(known)}")
+    if kind in known:
+        what = f"none of the layouts for model_type {kind!r} is meant by the other fields"
+    else:
+        what = f"no layout for checkpoints of model_type {kind!r}{nearest(kind, known) if kind else ''}"
+    shown = {name: value for name, value in config.items() if name != "tensors"} or config.get("tensors", {})
+    raise ValueError(f"{what}; looked at {', '.join(sorted(shown)[:20])}; known model types: {', '.join(known)}")
 
 
 def get_layout(entry: registry.Architecture, name: str) -> Layout:
