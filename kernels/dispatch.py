@@ -5,6 +5,9 @@ An operator has up to three backends: `reference` (the definition, a loop over t
 custom op through which `torch.compile` sees one node instead of a loop.
 """
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -55,6 +58,9 @@ class Op:
         meta: `(tensors, options, sequences) -> (out, state)` empty tensors of the right shapes and dtypes; None is as above.
         pad_values: what stands behind a sequence's end where 0 is not neutral, by argument name.
         packed: `chunked` on a packed row as it lies, `(packing, **tensors, **options)`; without it the row is padded.
+        fused: the module with the Triton kernels, imported when they are first used; its function of the operator's name takes
+            `(**tensors, **options, packing=packing)`.
+        obstacle: `(tensors)` -> why the fused kernels do not take these, or None; float64 and CPUs need not be named.
         opaque: `torch.compile` sees one node (for loops over time); False lets it trace plain torch code and fuse it.
         cases: name -> `(generator, batch, length, dtype) -> keyword arguments`; tests and benchmarks draw from these.
         call: the public function.
@@ -69,6 +75,8 @@ class Op:
     meta: Callable
     pad_values: dict[str, float] = field(default_factory=dict)
     packed: Callable | None = None
+    fused: str = ""
+    obstacle: Callable[[dict[str, Tensor | None]], str | None] = lambda tensors: None
     opaque: bool = True
     cases: dict[str, Callable] = field(default_factory=dict)
     call: Callable | None = None
@@ -85,7 +93,16 @@ class Op:
 
     def fused_obstacle(self, tensors: dict[str, Tensor | None]) -> str | None:
         """Why `fused` cannot run on these tensors, or None."""
-        return "this version has no fused kernel for it"
+        if not self.fused:
+            return "this version has no fused kernel for it"
+        lead = tensors[self.names[0]]
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed"
+        if lead.device.type != "cuda" and not interpreted():
+            return f"the tensors are on {lead.device.type}, and Triton needs a CUDA device (or TRITON_INTERPRET=1 to try it slowly)"
+        if lead.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"Triton kernels take float32, bfloat16 and float16, not {lead.dtype}"
+        return self.obstacle(tensors)
 
     def resolve(self, backend: Backend, tensors: dict[str, Tensor | None], length: int) -> str:
         """The backend that will run. One asked for by name is never replaced."""
@@ -94,7 +111,8 @@ class Op:
         backend = _preferred if backend == "auto" else backend
         obstacle = self.fused_obstacle(tensors)
         if backend == "auto":
-            return "reference" if length == 1 and self.recurrent else "chunked" if obstacle else "fused"
+            slow = obstacle or tensors[self.names[0]].device.type == "cpu"  # where Triton would be interpreted
+            return "reference" if length == 1 and self.recurrent else "chunked" if slow else "fused"
         if backend == "fused" and obstacle:
             raise BackendError(f"{self.name}: fused cannot run: {obstacle}. Use backend='auto' or 'chunked'.")
         return backend
@@ -114,6 +132,8 @@ class Op:
 
     def execute(self, tensors: dict[str, Tensor | None], options: dict, packing: Packing | None, backend: str):
         """Run one backend, laying a packed row out as that backend wants it."""
+        if backend == "fused":
+            return getattr(importlib.import_module(self.fused), self.name)(**tensors, **options, packing=packing)
         run = getattr(self, backend)
         if packing is None:
             return run(**tensors, **options)
@@ -207,6 +227,11 @@ class Op:
 
         forward.register_autograd(gradient, setup_context=save)
         return forward
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels instead of compiling them."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _differentiable(x: Tensor | None) -> bool:

@@ -1,0 +1,225 @@
+"""Triton kernels of linear attention whose decay is absent or one number per head and token.
+
+One kernel, `sweep`, computes the output and all three gradients, since all four are the same sum
+
+    out_t = sum_{s <= t} D(t, s) (a_t . b_s) y_s  +  D(t, 0) a_t M,        M' = D(C, 0) M + sum_s D(C, s) b_s^T y_s
+
+with D the product of the decays in between, over time or against it:
+
+    output         a = q    b = k    y = v     over time,       M = S
+    gradient of q  a = do   b = v    y = k     over time,       M = S^T
+    gradient of k  a = v    b = do   y = q     against time,    M = dS^T
+    gradient of v  a = k    b = q    y = do    against time,    M = dS
+
+A program walks the chunks of one segment of a sequence for one head and one slice of y's channels, with M in registers. `collect`
+sums what each segment adds to M, and `chain` turns these into what each segment starts from; with one segment neither runs.
+`gates` sums the decays up chunk by chunk beforehand, `gate_gradient` sums their gradient up afterwards: it is
+sum_{s >= t} (q_s . dq_s - k_s . dk_s) + S . dS at the segment's end.
+
+Floor, K = V = D channels of two bytes, per token and head: forward 4 D numbers of 2 bytes (q, k, v in, o out), backward 7 D (q, k, v,
+do in, dq, dk, dv out); 4 D^2 + 4 C D FLOP forward, 2.5 times that backward.
+"""
+
+import triton
+from triton import language as tl
+
+LEAST = tl.constexpr(-80.0)  # e^-80 of anything representable beside it is nothing; sums over a chunk stay small
+
+
+@triton.jit
+def segment_of(TABLE, segment):
+    """Row, first token and end of a segment; see `fused.Segments`."""
+    return tl.load(TABLE + segment * 5), tl.load(TABLE + segment * 5 + 1), tl.load(TABLE + segment * 5 + 2)
+
+
+@triton.jit
+def gates(G, SUMS, TOTALS, TABLE, g_b, g_t, g_h, s_b, s_h, H, C: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr):
+    """Running sums of log-decays within each chunk, SUMS [B, H, T], and their totals over segments, TOTALS [segments, H].
+    Programs: segments x blocks of heads."""
+    blocks = tl.cdiv(H, BH)
+    segment = (tl.program_id(0) // blocks).to(tl.int64)
+    row, start, stop = segment_of(TABLE, segment)
+    i, h = tl.arange(0, C), (tl.program_id(0) % blocks) * BH + tl.arange(0, BH)
+    total = tl.zeros((BH,), ACC)
+    for n in range(0, tl.cdiv(stop - start, C)):
+        t = start + n * C + i[:, None]
+        inside = (t < stop) & (h[None, :] < H)
+        each = tl.load(G + row * g_b + t * g_t + h[None, :] * g_h, mask=inside, other=0.0).to(ACC)
+        each = tl.maximum(each, LEAST)
+        tl.store(SUMS + row * s_b + h[None, :] * s_h + t, tl.cumsum(each, 0), mask=inside)
+        total += tl.sum(each, 0)
+    tl.store(TOTALS + segment * H + h, total.to(tl.float32), mask=h < H)
+
+
+@triton.jit
+def load_tile(X, i, c, stride, left, channels, EVEN: tl.constexpr, TYPE: tl.constexpr):
+    """Tokens i of a chunk of which `left` exist, channels c."""
+    if EVEN:
+        return tl.load(X + i[:, None] * stride + c[None, :], mask=i[:, None] < left, other=0.0).to(TYPE)
+    return tl.load(X + i[:, None] * stride + c[None, :], mask=(i[:, None] < left) & (c[None, :] < channels), other=0.0).to(TYPE)
+
+
+@triton.jit
+def load_sums(SUMS, i, left, C: tl.constexpr):
+    """Running sums of a chunk, the last one repeated behind its end, and that last one."""
+    total = tl.load(SUMS + tl.minimum(left, C) - 1)
+    return tl.load(SUMS + i, mask=i < left, other=0.0), total
+
+
+@triton.jit
+def sweep(
+    A, B, Y, OUT, INIT, FINAL, SUMS, TABLE, Z, R,
+    a_b, a_t, a_h, b_b, b_t, b_h, y_b, y_t, y_h, o_b, o_t, o_h, z_b, z_t, z_h, r_slice, s_b, s_h,
+    a_rep, b_rep, y_rep, z_rep, m_row, m_col, scale, H, D, W,
+    DP: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr,
+    REVERSE: tl.constexpr, GATED: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_R: tl.constexpr,
+    TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """See the module; R [slices, B, H, T] takes `z . out` of the slice. Programs: segments x heads x slices of W."""
+    slices = tl.cdiv(W, BW)
+    slice_, h, segment = tl.program_id(0) % slices, tl.program_id(0) // slices % H, (tl.program_id(0) // slices // H).to(tl.int64)
+    row, start, stop = segment_of(TABLE, segment)
+    if start == stop:  # no segment at all
+        return
+    i, d, w = tl.arange(0, C), tl.arange(0, DP), slice_ * BW + tl.arange(0, BW)
+    A += row * a_b + start * a_t + (h // a_rep) * a_h
+    B += row * b_b + start * b_t + (h // b_rep) * b_h
+    Y += row * y_b + start * y_t + (h // y_rep) * y_h
+    OUT += row * o_b + start * o_t + h * o_h
+    if GATED:
+        SUMS += row * s_b + h * s_h + start
+    if HAS_R:
+        Z += row * z_b + start * z_t + (h // z_rep) * z_h
+        R += slice_ * r_slice + row * s_b + h * s_h + start
+    length = (stop - start).to(tl.int32)
+    at = tl.load(TABLE + segment * 5 + (4 if REVERSE else 3))
+    tile = (at * H + h) * D * W + d[:, None] * m_row + w[None, :] * m_col
+    # zeros as a constant would make ptxas run the matrix products one by one
+    m = tl.load(INIT + tile, mask=(d[:, None] < D) & (w[None, :] < W), other=0.0)
+    chunks = tl.cdiv(length, C)
+    for n in range(0, chunks):
+        first = ((chunks - 1 - n) if REVERSE else n) * C
+        left, t = length - first, first.to(tl.int64)
+        a = load_tile(A + t * a_t, i, d, a_t, left, D, EVEN, TYPE)
+        b = load_tile(B + t * b_t, i, d, b_t, left, D, EVEN, TYPE)
+        y = load_tile(Y + t * y_t, i, w, y_t, left, W, EVEN, TYPE)
+        p = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+        causal = (i[:, None] <= i[None, :]) if REVERSE else (i[:, None] >= i[None, :])
+        if GATED:
+            sums, total = load_sums(SUMS + t, i, left, C)
+            between = (sums[None, :] - sums[:, None]) if REVERSE else (sums[:, None] - sums[None, :])
+            p = tl.where(causal, p * tl.exp(tl.minimum(between, 0.0).to(tl.float32)), 0.0).to(TYPE)
+            seen, kept = tl.exp(sums.to(tl.float32)), tl.exp(tl.minimum(total - sums, 0.0).to(tl.float32))
+            out = tl.dot(a, m.to(TYPE), input_precision=PRECISION) * (kept if REVERSE else seen)[:, None]
+            out = tl.dot(p, y, out, input_precision=PRECISION)
+            y = (y * (seen if REVERSE else kept)[:, None]).to(TYPE)
+            m *= tl.exp(total.to(tl.float32))
+        else:
+            p = tl.where(causal, p, 0.0).to(TYPE)
+            out = tl.dot(p, y, tl.dot(a, m.to(TYPE), input_precision=PRECISION), input_precision=PRECISION)
+        m = tl.dot(tl.trans(b), y, m, input_precision=PRECISION)
+        out *= scale
+        written = (i[:, None] < left) if EVEN else (i[:, None] < left) & (w[None, :] < W)
+        tl.store(OUT + t * o_t + i[:, None] * o_t + w[None, :], out.to(OUT.dtype.element_ty), mask=written)
+        if HAS_R:
+            z = load_tile(Z + t * z_t, i, w, z_t, left, W, EVEN, tl.float32)
+            tl.store(R + t + i, tl.sum(z * out, 1), mask=i < left)
+    if HAS_FINAL:
+        at = tl.load(TABLE + segment * 5 + (3 if REVERSE else 4))
+        tl.store(FINAL + (at * H + h) * D * W + d[:, None] * W + w[None, :], m, mask=(d[:, None] < D) & (w[None, :] < W))
+
+
+@triton.jit
+def collect(
+    B, Y, BOUNDS, SUMS, TABLE, b_b, b_t, b_h, y_b, y_t, y_h, s_b, s_h, b_rep, y_rep, H, D, W,
+    BD: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, GATED: tl.constexpr,
+    TYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What every segment adds to M, into BOUNDS at its end (its start if REVERSE). Programs: segments x heads x tiles of D x W."""
+    slices = tl.cdiv(W, BW)
+    tiles = tl.cdiv(D, BD) * slices
+    tile_, h, segment = tl.program_id(0) % tiles, tl.program_id(0) // tiles % H, (tl.program_id(0) // tiles // H).to(tl.int64)
+    row, start, stop = segment_of(TABLE, segment)
+    if start == stop:
+        return
+    i, d, w = tl.arange(0, C), (tile_ // slices) * BD + tl.arange(0, BD), (tile_ % slices) * BW + tl.arange(0, BW)
+    B += row * b_b + start * b_t + (h // b_rep) * b_h
+    Y += row * y_b + start * y_t + (h // y_rep) * y_h
+    if GATED:
+        SUMS += row * s_b + h * s_h + start
+    length = (stop - start).to(tl.int32)
+    m = tl.zeros((BD, BW), tl.float32)
+    chunks = tl.cdiv(length, C)
+    for n in range(0, chunks):
+        first = ((chunks - 1 - n) if REVERSE else n) * C
+        left, t = length - first, first.to(tl.int64)
+        b = load_tile(B + t * b_t, i, d, b_t, left, D, EVEN, TYPE)
+        y = load_tile(Y + t * y_t, i, w, y_t, left, W, EVEN, TYPE)
+        if GATED:
+            sums, total = load_sums(SUMS + t, i, left, C)
+            y = (y * tl.exp(tl.minimum(sums if REVERSE else total - sums, 0.0).to(tl.float32))[:, None]).to(TYPE)
+            m *= tl.exp(total.to(tl.float32))
+        m = tl.dot(tl.trans(b), y, m, input_precision=PRECISION)
+    at = tl.load(TABLE + segment * 5 + (3 if REVERSE else 4))
+    inside = (d[:, None] < D) & (w[None, :] < W)
+    tl.store(BOUNDS + (at * H + h) * D * W + d[:, None] * W + w[None, :], m, mask=inside)
+
+
+@triton.jit
+def chain(
+    BOUNDS, TOTALS, FIRST, INIT, H, D, W,
+    BLOCK: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_INIT: tl.constexpr,
+):  # fmt: skip
+    """BOUNDS from what each segment adds to what M is at each boundary. FIRST [sequences + 1]: their first segments; segment s of
+    sequence n lies between the boundaries s + n and s + n + 1. DECAY: 0, or the dimensions of TOTALS: 2 for [segments, H], 3 for
+    [segments, H, D]. Programs: sequences x heads x blocks of D x W."""
+    size = D * W
+    blocks = tl.cdiv(size, BLOCK)
+    x, h = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK), tl.program_id(0) // blocks % H
+    n = (tl.program_id(0) // blocks // H).to(tl.int64)
+    first, last = tl.load(FIRST + n), tl.load(FIRST + n + 1)
+    inside = x < size
+    if HAS_INIT:
+        m = tl.load(INIT + (n * H + h) * size + x, mask=inside, other=0.0)
+    else:
+        m = tl.zeros((BLOCK,), tl.float32)
+    tl.store(BOUNDS + (((last if REVERSE else first) + n) * H + h) * size + x, m, mask=inside)
+    for j in range(0, last - first):
+        segment = (last - 1 - j) if REVERSE else (first + j)
+        at = BOUNDS + ((segment + n + (0 if REVERSE else 1)) * H + h) * size + x
+        added = tl.load(at, mask=inside, other=0.0)
+        if DECAY == 3:
+            m *= tl.exp(tl.load(TOTALS + (segment * H + h) * D + x // W, mask=inside, other=0.0))
+        elif DECAY == 2:
+            m *= tl.exp(tl.load(TOTALS + segment * H + h))
+        m += added
+        tl.store(at, m, mask=inside)
+
+
+@triton.jit
+def gate_gradient(
+    RQ, RK, DG, S, DS, TABLE, r_slice, r_b, r_h, g_b, g_t, g_h, scale, H, SLICES, SIZE,
+    C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """DG from RQ = q . dq and RK = k . dk, each [slices, B, H, T], and the states and their gradients at the segments' ends.
+    Programs: segments x heads."""
+    h, segment = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
+    row, start, stop = segment_of(TABLE, segment)
+    if start == stop:
+        return
+    at = (tl.load(TABLE + segment * 5 + 4) * H + h) * SIZE
+    both = tl.zeros((BLOCK,), tl.float32)
+    for x in range(0, SIZE, BLOCK):
+        j = x + tl.arange(0, BLOCK)
+        both += tl.load(S + at + j, mask=j < SIZE, other=0.0) * tl.load(DS + at + j, mask=j < SIZE, other=0.0)
+    later = tl.sum(both, 0) * scale
+    chunks = tl.cdiv(stop - start, C)
+    for n in range(0, chunks):
+        t = start + (chunks - 1 - n) * C + tl.arange(0, C)
+        each = tl.zeros((C,), tl.float32)
+        for s in range(0, SLICES):
+            each += tl.load(RQ + s * r_slice + row * r_b + h * r_h + t, mask=t < stop, other=0.0)
+            each -= tl.load(RK + s * r_slice + row * r_b + h * r_h + t, mask=t < stop, other=0.0)
+        whole = tl.sum(each, 0)
+        tl.store(DG + row * g_b + t * g_t + h * g_h, later + whole - tl.cumsum(each, 0) + each, mask=t < stop)
+        later += whole
