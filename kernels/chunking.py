@@ -12,12 +12,12 @@ SEGMENT, SEGMENT_CPU = 2**24, 2**19
 
 
 def by_segments(
-    run: Callable, tensors: Sequence[Tensor], log_decay: Tensor | None, state: Tensor | None, chunk: int
+    run: Callable, tensors: Sequence[Tensor | None], log_decay: Tensor | None, state: Tensor | None, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """`run(*tensors, log_decay, state)` -> (out, state) on one segment of time after another, the state handed on.
 
     Args:
-        tensors: `[B, T, H, ...]`; log_decay: `[B, T, H, ...]`, or `[H]`, which every segment is given whole.
+        tensors: `[B, T, H, ...]`, or None after the first; log_decay: `[B, T, H, ...]`, or `[H]`, which every segment is given whole.
         chunk: segments are multiples of it, but the last.
     """
     lead = tensors[0]
@@ -26,7 +26,7 @@ def by_segments(
     for start in range(0, length, size):
         piece = slice(start, start + size)
         decay = log_decay[:, piece] if log_decay is not None and log_decay.ndim > 1 else log_decay
-        part, state = run(*(x[:, piece] for x in tensors), decay, state)
+        part, state = run(*(None if x is None else x[:, piece] for x in tensors), decay, state)
         out.append(part)
     return out.whole(), state.to(accumulator(lead.dtype))
 

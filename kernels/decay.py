@@ -64,6 +64,36 @@ def decay_matrix(decay: Tensor, *, inclusive: bool) -> tuple[Tensor, Tensor, Ten
     return between[..., 0, :, 0], since.squeeze(-2), until.squeeze(-2), total
 
 
+def decayed_sums(scores: Tensor, v: Tensor, decay: Tensor, *, inclusive: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What every token reads of the values up to itself, where these decay channel by channel.
+
+        out[t, c] = sum_{s <= t} scores[t, s] v[s, c] prod_{s < r <= t} decay[r, c]
+
+    v is written over where no gradient is asked for.
+
+    Args:
+        scores: `[..., C, C]`, C a power of two; v: `[..., C, V]`; decay: `[..., C, V]`, from 0 to 1.
+        inclusive: a token reads after its own decay; otherwise before it, so that the product ends at t - 1.
+
+    Returns:
+        out `[..., C, V]`; the decays since the chunk's start, `[..., C, V]`; v times the decays until its end; and the decay
+        over all the chunk, `[..., V]`.
+    """
+    out = scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1) * v
+    since, total, block = decay.clone() if inclusive else torch.ones_like(decay), decay, 1
+    while block < scores.shape[-1]:
+        left, right = total.unflatten(-2, (-1, 2)).unbind(-2)
+        tiles = scores.unflatten(-1, (-1, 2 * block)).unflatten(-3, (-1, 2 * block)).diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+        earlier = v.unflatten(-2, (-1, 2, block))[..., 0, :, :]
+        later = since.unflatten(-2, (-1, 2, block))[..., 1, :, :]
+        read = later * (tiles[..., block:, :block] @ earlier)
+        out = out + torch.stack([torch.zeros_like(read), read], dim=-3).flatten(-4, -2)
+        since = _multiply_half(since, 1, left.unsqueeze(-2), 2 * block)
+        v = _multiply_half(v, 0, right.unsqueeze(-2), 2 * block)
+        total, block = left * right, 2 * block
+    return out, since, v, total.squeeze(-2)
+
+
 def _multiply_half(x: Tensor, half: int, factor: Tensor, rows: int) -> Tensor:
     """x `[..., R, K]` with one half of every block of `rows` multiplied, in place unless a gradient needs what it was."""
     pair = list(x.unflatten(-2, (-1, 2, rows // 2)).unbind(-3))

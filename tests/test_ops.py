@@ -198,11 +198,12 @@ def test_inputs_are_kept_and_strides_do_not_matter(op, draw):
 def test_hostile_decays(op, draw, log_decay, dtype):
     """From keeping all to forgetting all, alone and beside gentle decays: finite, and equal to the definition."""
     given = cast(inputs(draw, 1, CHUNK + 3), dtype)
-    if not isinstance(given.get("log_decay"), Tensor):
+    decays = {n: v.clone() for n, v in differentiable(given).items() if n.endswith("log_decay")}
+    if not decays:
         return
-    decay = given["log_decay"].clone()
-    decay[..., ::2] = log_decay
-    given["log_decay"] = decay
+    for decay in decays.values():
+        decay[..., ::2] = log_decay
+    given |= decays
     exact = run(op, cast(given, torch.float64), backend="reference")
     plain = run(op, given, backend="reference")
     for x, p, r in zip(run(op, given, backend="chunked"), plain, exact, strict=True):

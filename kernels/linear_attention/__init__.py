@@ -21,6 +21,7 @@ def linear_attention(
     log_decay: Tensor | None = None,
     *,
     bonus: Tensor | None = None,
+    value_log_decay: Tensor | None = None,
     normalize: bool = False,
     state: Tensor | None = None,
     packing: Packing | None = None,
@@ -40,6 +41,8 @@ def linear_attention(
         log_decay: natural logarithm of the decay, never positive. None, `[H]`, `[B, T, H]` or `[B, T, H, K]`;
             any floating dtype. 0 keeps all, below -104 forgets all.
         bonus: `[H, K]`, RWKV's u.
+        value_log_decay: `[B, T, H, V]`, a log-decay of the state's other side, `S_t` having `S_{t-1} diag(exp(value_log_decay_t))`
+            in place of `S_{t-1}`; beside `log_decay` or alone, not with normalize.
         normalize: divide by the sum of weights; q and k must then be non-negative. The weights' sum is carried as
             one more value channel of the state.
         state: S_0, `[B, H, K, V]` (V + 1 if normalize), float32 (float64 with float64 inputs). Default zeros.
@@ -52,13 +55,13 @@ def linear_attention(
         o `[B, T, H, V]` in the dtype of v, and S_T. Both are differentiable in every tensor.
 
     Raises:
-        ValueError: a shape, dtype or device that breaks the contract, naming the argument.
+        ValueError: a shape, dtype or device that breaks the contract, naming the argument; value_log_decay with normalize.
         BackendError: the backend asked for cannot run here.
 
     Cost: `4 B T H K V` FLOP for the recurrence itself; `chunked` adds `2 B T C H (K + V)`, C = 64.
 
     Source: Katharopoulos et al. arXiv:2006.16236, eq. 18-20; RetNet arXiv:2307.08621, eq. 6; Mamba-2 arXiv:2405.21060,
-    section 6; GLA arXiv:2312.06635, eq. 3; RWKV-6 arXiv:2404.05892, eq. 19.
+    section 6; GLA arXiv:2312.06635, eq. 3; RWKV-6 arXiv:2404.05892, eq. 19; values that decay: GSA arXiv:2409.07146.
     """
     float_dtype(NAME, q=q, k=k, v=v)
     shapes = Shapes(NAME)
@@ -71,6 +74,9 @@ def linear_attention(
         shapes.divides(group, "H", name)
     shapes("log_decay", log_decay, "H", "B T H", "B T H K")
     shapes("bonus", bonus, "H K")
+    shapes("value_log_decay", value_log_decay, "B T H V")
+    if value_log_decay is not None and normalize:
+        raise ValueError(f"{NAME}: value_log_decay gives every value weights of its own; with normalize=True give log_decay alone")
     values = shapes["V"] + normalize
     rows = shapes["B"] if packing is None else packing.count
     shapes.sizes.update(N=rows, S=values)
@@ -78,7 +84,7 @@ def linear_attention(
     if packing is not None and log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay.expand(shapes["B"], shapes["T"], -1)  # per token, so that padding does not decay
     q, k, v = (x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k, v))
-    tensors = {"q": q, "k": k, "v": v, "log_decay": log_decay, "bonus": bonus, "state": state}
+    tensors = {"q": q, "k": k, "v": v, "log_decay": log_decay, "bonus": bonus, "value_log_decay": value_log_decay, "state": state}
     options = {"scale": float(scale if scale is not None else shapes["K"] ** -0.5), "normalize": bool(normalize)}
     return OP(tensors, options, packing, backend)
 
@@ -121,7 +127,11 @@ def _meta(tensors: dict, options: dict, sequences: int) -> tuple[Tensor, Tensor]
     return v.new_empty(v.shape), q.new_empty(shape, dtype=accumulator(q.dtype))
 
 
-def _case(decay: str = "none", bonus: bool = False, normalize: bool = False, groups: int = 2):
+def _obstacle(tensors: dict) -> str | None:
+    return None if tensors["value_log_decay"] is None else "its kernels do not take value_log_decay"
+
+
+def _case(decay: str = "none", bonus: bool = False, normalize: bool = False, groups: int = 2, values_decay: bool = False):
     def draw(generator: torch.Generator, batch: int, length: int, dtype: torch.dtype) -> dict:
         def normal(*shape):
             return torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -133,6 +143,7 @@ def _case(decay: str = "none", bonus: bool = False, normalize: bool = False, gro
         shape = {"none": None, "head": (heads,), "token": (batch, length, heads), "channel": (batch, length, heads, keys)}[decay]
         inputs = {"q": q, "k": k, "v": v, "log_decay": None if shape is None else -normal(*shape).abs()}
         inputs |= {"bonus": normal(heads, keys) if bonus else None, "normalize": normalize}
+        inputs["value_log_decay"] = -normal(batch, length, heads, values).abs() if values_decay else None
         inputs["state"] = normal(batch, heads, keys, values + normalize).abs()
         return {n: t.to(dtype) if isinstance(t, Tensor) and n != "state" else t for n, t in inputs.items()}
 
@@ -142,10 +153,11 @@ def _case(decay: str = "none", bonus: bool = False, normalize: bool = False, gro
 OP = Op(
     NAME,
     reference=reference.linear_attention,
+    obstacle=_obstacle,
     chunked=chunked.linear_attention,
-    tensors=("q", "k", "v", "log_decay?", "bonus?", "state?"),
+    tensors=("q", "k", "v", "log_decay?", "bonus?", "value_log_decay?", "state?"),
     options={"scale": "float", "normalize": "bool"},
-    along_time=("q", "k", "v", "log_decay"),
+    along_time=("q", "k", "v", "log_decay", "value_log_decay"),
     meta=_meta,
     cases={
         "plain": _case(),
@@ -155,6 +167,8 @@ OP = Op(
         "channel": _case("channel"),
         "channel-bonus": _case("channel", bonus=True),
         "grouped": _case("token", groups=1),
+        "values": _case(values_decay=True),
+        "values-channel-bonus": _case("channel", bonus=True, values_decay=True),
     },
     call=linear_attention,
 )

@@ -7,7 +7,8 @@ With D_{t,s} the product of the decays of the tokens after s up to t, and S the 
 
 so a chunk costs matrix products, and only S passes from chunk to chunk. Decays are only ever multiplied (`zoo.kernels.decay`),
 so one that forgets all is exact beside gentle ones. With a bonus o_t reads S_{t-1}: the decay of its own step is left out
-and what it reads of itself is `q_t . bonus k_t`.
+and what it reads of itself is `q_t . bonus k_t`. Decays E of the values stand on the other side of S and of v, entry by entry:
+`o_t = E_{t,0} (D_{t,0} q_t S) + sum_{s <= t} (q_t . D_{t,s} k_s) E_{t,s} v_s`.
 """
 
 from functools import partial
@@ -17,18 +18,18 @@ from torch import Tensor
 
 from zoo.kernels.checks import accumulator
 from zoo.kernels.chunking import by_segments, chunk_size, decay_chunks, from_chunks, plus_product, to_chunks
-from zoo.kernels.decay import decay_matrix, decayed_scores
+from zoo.kernels.decay import decay_matrix, decayed_scores, decayed_sums
 from zoo.kernels.linear_attention.reference import normalized
 
 CHUNK = 64
 
 
-def linear_attention(q, k, v, log_decay, bonus, state, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+def linear_attention(q, k, v, log_decay, bonus, value_log_decay, state, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
     run = partial(_linear_attention, bonus=bonus, scale=scale, normalize=normalize)
-    return by_segments(run, (q, k, v), log_decay, state, CHUNK)
+    return by_segments(run, (q, k, v, value_log_decay), log_decay, state, CHUNK)
 
 
-def _linear_attention(q, k, v, log_decay, state, bonus, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+def _linear_attention(q, k, v, value_log_decay, log_decay, state, bonus, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
     length, dtype, acc = v.shape[1], v.dtype, accumulator(v.dtype)
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
@@ -42,8 +43,14 @@ def _linear_attention(q, k, v, log_decay, state, bonus, scale: float, normalize:
     else:
         decay = None if bonus is None else q.new_ones(1, q.shape[1], 1, chunk)
     scores, q, k, total = scored(q, k, decay, None if bonus is None else bonus.to(acc)[:, None, None])
-    starts, state = carry(k.transpose(-1, -2) @ v, total, state)
-    out = plus_product(scores @ v, q, starts)
+    if value_log_decay is None:
+        starts, state = carry(k.transpose(-1, -2) @ v, total, None, state)
+        out = plus_product(scores @ v, q, starts)
+    else:
+        decay = decay_chunks(value_log_decay, length, chunk, acc)
+        out, since, v, value_total = decayed_sums(scores, v, decay, inclusive=bonus is None)
+        starts, state = carry(k.transpose(-1, -2) @ v, total, value_total, state)
+        out = torch.addcmul(out, since, q @ starts)
     if normalize:
         out = normalized(out)
     return from_chunks(out, length).to(dtype), state
@@ -66,10 +73,13 @@ def scored(q: Tensor, k: Tensor, decay: Tensor | None, bonus: Tensor | None) -> 
     return scores[..., 0, :, 0], q.squeeze(-2), k.squeeze(-2), total
 
 
-def carry(writes: Tensor, total: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+def carry(writes: Tensor, total: Tensor | None, value_total: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
     """States at the start of every chunk `[B, H, T / C, K, V]` and after the last, from what each chunk writes and keeps."""
     starts, writes = [], writes.unbind(2)
-    totals = None if total is None else total.expand(*total.shape[:2], len(writes), -1).unsqueeze(-1).unbind(2)
+    totals = None if total is None else total.expand(*total.shape[:2], len(writes), -1).unsqueeze(-1)
+    if value_total is not None:
+        totals = value_total.unsqueeze(-2) if totals is None else totals * value_total.unsqueeze(-2)
+    totals = None if totals is None else totals.unbind(2)
     for n, write in enumerate(writes):
         starts.append(state)
         state = state + write if totals is None else torch.addcmul(write, totals[n], state)

@@ -22,8 +22,8 @@ FILLED = 128  # programs that occupy a GPU well enough to leave sequences whole
 ANCHOR = 512  # tokens over which the gradient of a decay may be summed up from rounded products
 
 
-def linear_attention(q, k, v, log_decay, bonus, state, scale: float, normalize: bool, packing: Packing | None = None):
-    """See `zoo.kernels.linear_attention.linear_attention`; q, k and v may have fewer heads than the most of them."""
+def linear_attention(q, k, v, log_decay, bonus, value_log_decay, state, scale: float, normalize: bool, packing: Packing | None = None):
+    """See `zoo.kernels.linear_attention.linear_attention`; q, k and v may have fewer heads than the most of them. No value decays."""
     heads = max(q.shape[2], k.shape[2], v.shape[2])
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)

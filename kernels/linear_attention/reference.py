@@ -6,7 +6,7 @@ from torch import Tensor
 from zoo.kernels.checks import accumulator
 
 
-def linear_attention(q, k, v, log_decay, bonus, state, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+def linear_attention(q, k, v, log_decay, bonus, value_log_decay, state, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
     dtype, acc = v.dtype, accumulator(v.dtype)
     q, k, v = q.to(acc) * scale, k.to(acc), v.to(acc)
     if normalize:
@@ -20,6 +20,8 @@ def linear_attention(q, k, v, log_decay, bonus, state, scale: float, normalize: 
             outs.append(read(q[:, t], state + bonus.to(acc).unsqueeze(-1) * write, normalize))
         if log_decay is not None:
             state = state * decay_at(log_decay.to(acc), t).exp()
+        if value_log_decay is not None:
+            state = state * value_log_decay[:, t].to(acc).exp().unsqueeze(-2)
         state = state + write
         if bonus is None:
             outs.append(read(q[:, t], state, normalize))
