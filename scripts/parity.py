@@ -31,7 +31,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", help="layouts (default: all)")
     parser.add_argument("--grid", action="store_true", help="all trials, not one of each")
-    parser.add_argument("--write", action="store_true", help=f"write the table to docs/{PAGE.name}")
+    parser.add_argument("--write", action="store_true", help=f"write these rows into docs/{PAGE.name}")
     parser.add_argument("-v", "--verbose", action="store_true", help="print what failed in full")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -43,10 +43,9 @@ def main() -> int:
         proofs.append(prove(layout, None if args.grid else [sampled(layout)]))
         for (trial, label), text in proofs[-1].failures.items():
             tqdm.write(f"{name}-{trial}: {label}: " + (text if args.verbose else text.strip().splitlines()[-1]))
-    lines = table(proofs)
-    print("\n".join(lines))
+    print("\n".join(table(proofs)))
     if args.write:
-        PAGE.write_text(OPENING + "\n" + "\n".join(lines) + "\n")
+        PAGE.write_text(OPENING + "\n" + "\n".join(table(proofs, PAGE.read_text() if PAGE.exists() else "")) + "\n")
     return any(proof.failures for proof in proofs)
 
 

@@ -6,12 +6,14 @@ import os
 import pickle
 import shutil
 
+import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import zoo
-from zoo.evaluate.parity import find, make_trial
+from zoo.evaluate.parity import close, find, make_trial
 from zoo.keys import Report
 
 
@@ -64,6 +66,56 @@ def test_verbose_says_what_became_of_every_key(tiny, tmp_path, capsys):
     zoo.from_pretrained(tmp_path / "own", verbose=True)
     assert capsys.readouterr().out.splitlines()[0] == f"{tmp_path / 'own'}: transformer"
     assert str(Report(transformed={"a": ["b", "c"]})) == "1 made from 2 others: a"
+
+
+def write_gguf(path, model, quantise: bool = False, complete: bool = True) -> None:
+    """A Llama as llama.cpp stores it: its own names, and the rows of q and k in pairs; matrices in blocks of 8 bits if asked for."""
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(1e4)
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        for which, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if which in name:
+                tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+        array, kind = tensor.contiguous().numpy(), gguf.GGMLQuantizationType.Q8_0
+        blocks = quantise and array.ndim == 2 and not array.shape[1] % 32
+        new = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(
+            new if complete else new + "x", gguf.quants.quantize(array, kind) if blocks else array, raw_dtype=kind if blocks else None
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("quantise", [False, True])
+def test_a_gguf_file_is_read_as_transformers_reads_it(tiny, tmp_path, quantise):
+    path, ids = tmp_path / "tiny.gguf", tiny.tokens(2, 17)
+    write_gguf(path, tiny.theirs, quantise)
+    ours, report = zoo.from_pretrained(path, output_loading_info=True)
+    assert type(ours).__name__ == "TransformerForCausalLM" and len(report.taken) == 21 and not report.dropped
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.float32)
+    close(ours(ids).logits, theirs(ids).logits, "logits")
+    error = (ours(ids).logits - tiny.ours(ids).logits).abs().max()
+    assert error > 1e-3 if quantise else error < 1e-5
+
+
+def test_a_gguf_file_that_is_not_there_or_not_whole(tiny, tmp_path):
+    write_gguf(tmp_path / "part.gguf", tiny.theirs, complete=False)
+    for name, message in (("none", "does not exist"), ("part", r"lacks 21 tensors, such as lm_head\.weight")):
+        with pytest.raises(ValueError, match=rf"{name}\.gguf {message}"):
+            zoo.from_pretrained(tmp_path / f"{name}.gguf")
 
 
 @pytest.mark.parametrize(

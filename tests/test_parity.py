@@ -1,6 +1,7 @@
 """Every layout holds every property of `zoo.evaluate.parity`; ids read `[llama-gradients_are_equal]`."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,8 +97,18 @@ def test_wrong_names_are_refused(tmp_path):
 def test_the_table_has_a_row_for_each_proof():
     good, bad = prove(find("fla-gla")), Proof("llama", "transformer", True, 2, {"loads": 0.0}, {("plain", "logits_are_equal"): "off"})
     heading, _, first, second = (line.strip("| ").split(" | ") for line in table([good, bad]))
-    assert [cell.strip() for cell in first] == ["`fla-gla`", "`gla`", "", "yes", "", "", "", "yes", "yes", "1"]
+    assert [cell.strip() for cell in first] == ["`fla-gla`", "`gla`", "", "yes", "", "", "", "yes", "yes", str(good.trials)]
     assert len(heading) == len(second) and second[2].strip() == "fails"
+    merged = table([good], "\n".join([*table([bad, dataclasses.replace(good, trials=7)]), "| `gone` | `gone` |"]))
+    assert [line.split("|")[1].strip() for line in merged[2:]] == ["`fla-gla`", "`llama`"] and " 7 " not in merged[2]
+
+
+@pytest.mark.slow
+def test_the_table_of_all_layouts_is_up_to_date():
+    page = Path(zoo.__file__).resolve().parent.parent / "docs" / "layouts.md"
+    rows = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in page.read_text().splitlines() if line.startswith("| `")]
+    assert {row[0]: int(row[-1]) for row in rows} == {name: len(trial_names(find(name))) for name in zoo.layouts()}
+    assert not [row[0] for row in rows if "fails" in row]
 
 
 @pytest.mark.slow

@@ -19,6 +19,9 @@ TASKS = {
 }
 
 
+ALONE = (".pth", ".gguf")  # a file of these stands for a whole checkpoint
+
+
 def model_class(config: ZooConfig, task: str | None = None) -> type:
     """The class of `config`'s architecture for a task; by default the language model its direction allows."""
     task = task or ("causal_lm" if config.causal else "masked_lm")
@@ -48,8 +51,8 @@ def from_pretrained(path_or_id: str | os.PathLike, *, task: str | None = None, v
     """A model with its weights, from a folder or a Hub id.
 
     Args:
-        path_or_id: a zoo checkpoint, or one in a foreign layout that `zoo.layouts()` lists, which is translated; or a `.pth`
-            file of tensors that stands alone.
+        path_or_id: a zoo checkpoint, or one in a foreign layout that `zoo.layouts()` lists, which is translated; or a file that
+            stands alone: a `.pth` of tensors, or a `.gguf` of a language model that transformers reads and a layout knows.
         task: as in `from_config`; by default what the checkpoint was saved as.
         verbose: write to the standard output what became of every key; `output_loading_info=True` returns it with the model.
         kwargs: of transformers' `from_pretrained`: dtype, device_map, revision, token, cache_dir... For a foreign checkpoint that
@@ -57,8 +60,7 @@ def from_pretrained(path_or_id: str | os.PathLike, *, task: str | None = None, v
             was added before.
     """
     hub = {n: kwargs[n] for n in ("revision", "token", "cache_dir", "subfolder", "local_files_only") if n in kwargs}
-    alone = str(path_or_id).endswith(".pth")
-    raw = {} if alone else raw_config(path_or_id, kwargs.get("base"), hub)
+    raw = {} if str(path_or_id).endswith(ALONE) else raw_config(path_or_id, kwargs.get("base"), hub)
     if not str(raw.get("model_type")).startswith("zoo_"):
         from zoo.foreign import load_foreign  # the files of others are needed by few
 

@@ -11,11 +11,11 @@ from transformers import GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as HEADS  # some are called ...LMHeadModel
 
-from zoo.auto import TASKS, model_class
+from zoo.auto import ALONE, TASKS, model_class
 from zoo.layout import Layout, State, find_layout, get_layout
 from zoo.registry import ARCHITECTURES, AUTO, get
 from zoo.saving import CheckpointMixin, whole_or_nothing
-from zoo.stored import locate, read, read_file
+from zoo.stored import locate, read, read_file, read_gguf
 
 HUB = ("revision", "token", "cache_dir", "subfolder", "local_files_only", "force_download", "proxies")
 LABELS = ("id2label", "label2id", "problem_type", "dtype")  # what any config may say, whatever its architecture
@@ -28,8 +28,8 @@ def load_foreign(
     """One of our models with the weights of a foreign checkpoint, which is read as it is needed and never held twice.
 
     Args:
-        path_or_id: a folder or Hub id with safetensors or `.bin` files, sharded or not, or with a `model.pt`; or a `.pth` file.
-        config: its config.json, or without one the base model's; a `.pth` file has none.
+        path_or_id: a folder or Hub id with safetensors or `.bin` files, sharded or not, or with a `model.pt`; or a `.pth` or `.gguf` file.
+        config: its config.json, or without one the base model's; a file that stands alone has none.
         task: as in `zoo.from_config`; by default what the checkpoint was saved as.
         base: checkpoint of the model beside which this one was trained, where this one holds only what was added; in a list,
             what was added before comes behind it.
@@ -43,13 +43,8 @@ def load_foreign(
             key is missing, surplus or misshapen.
     """
     hub = {name: kwargs.pop(name) for name in HUB if name in kwargs}
-    alone = str(path_or_id).endswith(".pth")
     base, *before = base if isinstance(base, list) else [base]
-    weights = read_file(str(path_or_id)) if alone else None
-    if base is not None and not alone:
-        weights = {name: tensor for path in before for name, tensor in read(path, elsewhere(hub)).items()} | read(path_or_id, hub)
-        config = config | {"tensors": described(weights)["tensors"]}  # the base's config does not speak of what was added
-    config = described(weights) if alone else config | read_beside(path_or_id, config, hub)
+    config, weights = opened(path_or_id, config, [] if base is None else [*before, path_or_id], hub)
     if quantised := config.get("quantization_config"):
         method = quantised.get("quant_method", "some method")
         raise ValueError(
@@ -74,6 +69,7 @@ def load_foreign(
     # past our own from_pretrained, which would refuse what a layout declares fresh; the report has accounted for every key
     model = super(CheckpointMixin, cls).from_pretrained(None, config=own, state_dict=state, **kwargs)
     model.name_or_path = model.config.name_or_path = str(path_or_id)
+    alone = str(path_or_id).endswith(ALONE)
     if model.can_generate() and not alone and locate(path_or_id, "generation_config.json", hub):
         model.generation_config = GenerationConfig.from_pretrained(path_or_id, **hub)
     return (model, report) if output_loading_info else model
@@ -125,6 +121,25 @@ def save_foreign(model, folder: str | os.PathLike, layout: str, *, max_shard_siz
             Path(stage, "config.json").write_text(json.dumps(foreign, indent=2, default=str) + "\n")
         if model.can_generate() and not alone:
             model.generation_config.save_pretrained(stage)
+
+
+def opened(path_or_id: str | os.PathLike, config: dict, added: list, hub: dict) -> tuple[dict, State | None]:
+    """The config by which the layout is found, and the weights if finding it takes them.
+
+    `added`: checkpoints of what was added to a base model, the last one being this; empty where there is none.
+    """
+    if str(path_or_id).endswith(".pth"):
+        weights = read_file(str(path_or_id))
+        return described(weights), weights
+    if str(path_or_id).endswith(".gguf"):
+        model = read_gguf(Path(path_or_id))
+        return model.config.to_dict() | {"architectures": [type(model).__name__], "quantization_config": None}, model.state_dict()
+    weights = None
+    if added:
+        *before, last = added
+        weights = {name: tensor for path in before for name, tensor in read(path, elsewhere(hub)).items()} | read(last, hub)
+        config = config | {"tensors": described(weights)["tensors"]}  # the base's config does not speak of what was added
+    return config | read_beside(path_or_id, config, hub), weights
 
 
 def config_class(model_type: str | None) -> type | None:

