@@ -1,4 +1,4 @@
-"""Packaging: three folders of the tree, `zoo`, `models` and `kernels`, are one package in Python."""
+"""Packaging: the folders of the tree that `MAPPED` names are packages inside `zoo`, where links stand for them."""
 
 import re
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 from setuptools import find_namespace_packages, find_packages, setup
 
 ROOT = Path(__file__).parent
+MAPPED = ("models", "kernels", "scripts", "model_cards")
 
 
 def under(package: str, folder: str) -> list[str]:
@@ -29,12 +30,12 @@ setup(
     ],
     python_requires=">=3.10",
     packages=[
-        *find_packages(str(ROOT), include=["zoo", "zoo.*"], exclude=["zoo.models*", "zoo.kernels*"]),
-        *under("zoo.models", "models"),
-        *under("zoo.kernels", "kernels"),
+        *find_packages(str(ROOT), include=["zoo", "zoo.*"], exclude=[f"zoo.{folder}*" for folder in MAPPED]),
+        *(package for folder in MAPPED for package in under(f"zoo.{folder}", folder)),
     ],
-    package_dir={"zoo": "zoo", "zoo.models": "models", "zoo.kernels": "kernels"},
+    package_dir={"zoo": "zoo"} | {f"zoo.{folder}": folder for folder in MAPPED},
     include_package_data=True,
+    entry_points={"console_scripts": ["zoo = zoo.__main__:main"]},
     install_requires=["torch>=2.11", "transformers>=5.17,<6", "huggingface_hub", "safetensors", "einops", "accelerate", "tqdm"],
     extras_require={
         "demo": ["gguf", "matplotlib"],

@@ -16,7 +16,8 @@ import zoo
 from zoo.registry import get
 
 ROOT = Path(__file__).resolve().parent.parent
-LINKS = {ROOT / "zoo" / "models", ROOT / "zoo" / "kernels"}  # the same files once more
+LINKED = ("models", "kernels", "scripts", "model_cards")
+LINKS = {ROOT / "zoo" / name for name in LINKED}  # the same files once more
 TOOLS = ("convert", "train", "parallel", "evaluate", "hub")
 TEXT = {".py", ".md", ".toml", ".txt", ".in", ".json", ".tsv", ".yaml", ".yml", ".sh", ""}
 
@@ -59,14 +60,14 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def rank(module: str) -> int:
-    """kernels 1, core 2, models 3, what people do with a model 4, scripts 5; 0 for everything from outside."""
+    """kernels 1, core 2, models 3, what people do with a model 4, scripts 5, the command 6; 0 for everything from outside."""
     parts = module.split(".")
     if parts[0] == "scripts":
         return 5
     if parts[0] != "zoo":
         return 0
     inner = parts[1] if len(parts) > 1 else ""
-    return {"kernels": 1, "models": 3, **dict.fromkeys(TOOLS, 4)}.get(inner, 2)
+    return {"kernels": 1, "models": 3, **dict.fromkeys(TOOLS, 4), "scripts": 5, "__main__": 6}.get(inner, 2)
 
 
 def module_name(path: Path) -> str:
@@ -147,7 +148,7 @@ def test_files_that_would_shadow_other_packages_are_absent():
 
 
 def test_links_lead_to_the_folders():
-    for name in ("models", "kernels"):
+    for name in LINKED:
         assert os.readlink(ROOT / "zoo" / name) == f"../{name}"
 
 
