@@ -92,7 +92,7 @@ class LlambaMixer(Mixer):
         v, B, C = split_heads(v, self.heads), split_heads(B, self.groups), split_heads(C, self.groups)
         memory = state["memory"] if state else None
         y, memory = ops.linear_attention(C, B, v, -F.softplus(wide(a)), scale=1.0, state=memory, packing=packing)
-        y = merge_heads(y + self.D.to(x.dtype).unsqueeze(-1) * v)
+        y = merge_heads(y + self.D.to(v.dtype).unsqueeze(-1) * v)
         gate = F.silu(z if self.gate_bias is None else z + self.gate_bias)
         return self.out_proj(y * gate), {"conv": conv, "memory": memory}
 

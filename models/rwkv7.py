@@ -130,7 +130,7 @@ class RWKV7Mixer(Mixer):
             carry = v
         elif self.residual_proj is not None:
             v = v + (carry - v) * wide(self.residual_proj(xv)).sigmoid().to(v.dtype)
-        removal, k = k * self.k_k, k + k * (rate - 1) * self.k_a
+        removal, k = k * self.k_k.to(k.dtype), k + k * (rate - 1) * self.k_a.to(k.dtype)
         r, k, v, rate, removal, log_decay = (split_heads(t, self.heads) for t in (r, k, v, rate, removal, log_decay))
         removal = unit_length(removal, eps=1e-12)
         o, memory = ops.general_delta_rule(

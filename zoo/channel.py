@@ -41,6 +41,10 @@ class ChannelMixer(Layer):
     def initial_state(self, batch: int, length: int, dtype: torch.dtype, device) -> State:
         return {}
 
+    def flops(self, length: int) -> int:
+        """FLOPs of a forward pass over `length` tokens, without activations, a multiply-add counting two."""
+        return 2 * length * sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear))
+
 
 @register_channel_mixer("swiglu")
 class GatedMLP(ChannelMixer):
@@ -175,6 +179,10 @@ class MixtureOfExperts(ChannelMixer):
     def reset_parameters(self) -> None:
         if self.choice_bias is not None:
             init.zeros_(self.choice_bias)
+
+    def flops(self, length: int) -> int:
+        routed = sum(m.weight.numel() for m in self.experts.modules() if isinstance(m, nn.Linear))
+        return super().flops(length) - 2 * length * routed + 2 * length * routed * self.top_k // len(self.experts)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and numbers of the chosen experts, `[tokens, top_k]` each."""

@@ -20,6 +20,7 @@ from zoo.channel import activation
 from zoo.config import ZooConfig
 from zoo.entry import Entry
 from zoo.layers import make_norm, token_positions
+from zoo.loss import chunked_cross_entropy
 from zoo.mixer import Layer
 from zoo.saving import CheckpointMixin
 
@@ -234,26 +235,44 @@ class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        skip_logits: bool = False,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and with `labels` `[B, T]` (-100 ignored, shifted here) the mean cross-entropy.
 
-        Args: logits_to_keep: the last so many positions, or indices; 0 keeps all. The rest as in `ZooModel.forward`.
+        Args:
+            logits_to_keep: the last so many positions, or indices; 0 keeps all.
+            skip_logits: return the loss alone, computed in chunks, so that the logits never stand in memory whole.
+            The rest as in `ZooModel.forward`.
+
+        Raises:
+            ValueError: `skip_logits` without labels.
         """
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, return_dict=True, **_without(kwargs)
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(out.last_hidden_state[:, kept])
+        states, vocabulary, logits, loss = out.last_hidden_state[:, kept], self.config.vocab_size, None, None
+        if skip_logits:
+            if labels is None:
+                raise ValueError("skip_logits leaves nothing to return without labels; pass labels")
+            count, shifted = kwargs.get("num_items_in_batch"), kwargs.get("shift_labels")
+            loss = chunked_cross_entropy(states, labels, self._logits, vocabulary, count=count, shift_labels=shifted)
+        else:
+            logits = self._logits(states)
+            if labels is not None:
+                sums = {n: kwargs[n] for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **sums)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """The head, with scale and cap where the config asks for them."""
+        logits = self.lm_head(states)
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         if self.config.logit_softcap is not None:
             logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
-        loss = None
-        if labels is not None:
-            sums = {n: kwargs[n] for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **sums)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
+        return logits
 
 
 class ZooForMaskedLM(ZooPreTrainedModel):

@@ -80,9 +80,9 @@ class SSDMixer(Mixer):
         u, B, C = split_heads(u, self.heads), split_heads(B, self.groups), split_heads(C, self.groups)
         dt = F.softplus(wide(dt) + wide(self.dt_bias)).clamp(min=self.dt_floor)
         log_decay = -dt * wide(self.A_log).exp()
-        v = (wide(u) * dt.unsqueeze(-1)).to(x.dtype)
+        v = (wide(u) * dt.unsqueeze(-1)).to(u.dtype)
         memory = state["memory"] if state else None
         y, memory = ops.linear_attention(C, B, v, log_decay, scale=1.0, state=memory, packing=packing)
-        y = merge_heads(y + self.D.to(x.dtype).unsqueeze(-1) * u)
+        y = merge_heads(y + self.D.to(u.dtype).unsqueeze(-1) * u)
         y = y * F.silu(z) if self.norm is None else self.norm(y, z)
         return self.out_proj(y), {"conv": conv, "memory": memory}
