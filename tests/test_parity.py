@@ -1,4 +1,4 @@
-"""Every layout holds every property of `zoo.evaluate.parity`; ids read `[llama-gradients_are_equal]`."""
+"""Every layout holds every property of `zoo.evaluate.parity`; ids read `[llama]`."""
 
 import dataclasses
 from pathlib import Path
@@ -14,36 +14,31 @@ from zoo.layout import mapped, rename
 from zoo.registry import ARCHITECTURES, get
 
 NAMES = sorted(zoo.layouts())
-each_property = pytest.mark.parametrize(
-    "name, label", [pytest.param(name, label, id=f"{name}-{label}") for name in NAMES for label in properties(find(name))]
-)
+each_layout = pytest.mark.parametrize("name", NAMES)
 
 
-@pytest.fixture(scope="module")
-def trial(tmp_path_factory):
-    """The sampled trial of a layout, kept while its properties are tested."""
-    kept = {}
-
-    def make(name: str):
-        if name not in kept:
-            kept.clear()
-            kept[name] = make_trial(find(name), sampled(find(name)), tmp_path_factory.mktemp(name))
-        return kept[name]
-
+@pytest.fixture(autouse=True, scope="module")
+def silence():
     transformers.logging.disable_progress_bar()
-    yield make
+    yield
     transformers.logging.enable_progress_bar()
 
 
-@each_property
-def test_layout(trial, name, label):
-    properties(find(name))[label](trial(name))
+def check(proof: Proof) -> None:
+    """Fail with everything that does not hold."""
+    assert not proof.failures, "\n".join(f"{trial}, {label}:\n{text}" for (trial, label), text in proof.failures.items())
+    assert proof.errors.keys() == properties(find(proof.layout)).keys()
+
+
+@each_layout
+def test_layout(name):
+    check(prove(find(name), [sampled(find(name))]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@each_layout
 def test_all_trials_of_a_layout(name):
-    assert not prove(find(name)).failures
+    check(prove(find(name)))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if has_oracle(find(name))])
