@@ -37,9 +37,9 @@ def test_help_names_every_command(arguments, capsys):
 
 
 def test_runs_as_a_module():
-    ran = subprocess.run([sys.executable, "-m", "zoo", "card", "gal"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run([sys.executable, "-m", "zoo", "card", "transfromer"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr.startswith("zoo card: no architecture 'gal' (did you mean 'gla'?)")
+    assert ran.stderr.startswith("zoo card: no architecture 'transfromer' (did you mean 'transformer'?)")
 
 
 def test_lists_and_cards(capsys):
