@@ -20,26 +20,27 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
-from zoo.fla import GATED_MLP, SHELL, fla_layout, layer, shared_bounds
+from zoo.fla import CONVOLUTION, GATED_MLP, SHELL, convolutions, fla_layout, layer, read_convolution, shared_bounds, write_convolution
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
 from zoo.kernels.scan import flops
-from zoo.layers import GatedNorm, bounded_gates, wide
+from zoo.layers import GatedNorm, ShortConv, bounded_gates, convolve_together, wide
 from zoo.mixer import Mixer, State
 from zoo.registry import register
 
 
 @strict
 class HGRNConfig(ZooConfig):
-    """Width of the recurrence."""
+    """Width of the recurrence, and of the convolution before it."""
 
     model_type = "zoo_hgrn"
 
     expand: float = 1.0  # inner width = D * expand
+    conv_kernel: int | None = None  # W, tokens the short convolution before the gates sees; None or 0: no convolution
 
 
 class HGRNMixer(Mixer):
-    """State: `hidden` `[B, inner]`."""
+    """State: `hidden` `[B, inner]`, and with a convolution `conv`, its last inputs `[B, W - 1, 2 inner]`."""
 
     lora_targets = ("input_proj", "forget_proj", "gate_proj", "out_proj")
 
@@ -50,6 +51,7 @@ class HGRNMixer(Mixer):
         self.input_proj = nn.Linear(width, self.inner, bias=False)
         self.forget_proj = nn.Linear(width, self.inner, bias=False)
         self.gate_proj = nn.Linear(width, self.inner, bias=False)
+        self.conv = ShortConv(2 * self.inner, config.conv_kernel, activation=None) if config.conv_kernel else None
         self.bound_logit = nn.Parameter(torch.empty(self.inner)) if layer else None
         self.norm = GatedNorm(self.inner, eps=config.norm_eps)
         self.out_proj = nn.Linear(self.inner, width, bias=False)
@@ -60,21 +62,26 @@ class HGRNMixer(Mixer):
             init.constant_(self.bound_logit, math.log(self.first_bound / (1 - self.first_bound)))
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        return {"hidden": torch.zeros(batch, self.inner, dtype=accumulator(dtype), device=device)}
+        state = {"hidden": torch.zeros(batch, self.inner, dtype=accumulator(dtype), device=device)}
+        return state if self.conv is None else state | {"conv": self.conv.initial_state(batch, dtype, device)}
 
     def operator_flops(self, length: int) -> int:
         return flops(length, self.inner)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        log_forget, write = bounded_gates(self.forget_proj(x), self.bound_logit)
-        candidate = F.silu(wide(self.input_proj(x)))
-        h, hidden = ops.scan(write * candidate, log_forget, state=state["hidden"] if state else None, packing=packing)
-        return self.out_proj(self.norm(h.to(x.dtype), self.gate_proj(x))), {"hidden": hidden}
+        parts, after = (self.input_proj(x), self.forget_proj(x)), {}
+        if self.conv is not None:
+            parts, after = convolve_together(parts, self.conv, state, packing)
+        log_forget, write = bounded_gates(parts[1], self.bound_logit)
+        candidate = F.silu(wide(parts[0]))
+        h, after["hidden"] = ops.scan(write * candidate, log_forget, state=state["hidden"] if state else None, packing=packing)
+        return self.out_proj(self.norm(h.to(x.dtype), self.gate_proj(x))), after
 
 
 RULES = (
     layer("attn.{i,f,g,o}_proj.weight", "mixer.{input,forget,gate,out}_proj.weight"),
     layer("attn.g_norm.weight", "mixer.norm.weight"),
+    convolutions(lambda config: [int(config.hidden_size * config.expand)] * 2, "if"),
     *GATED_MLP,
     *SHELL,
 )
@@ -84,8 +91,11 @@ LAYOUTS = (
         "HGRN",
         lambda config: (*RULES, shared_bounds(config)),
         same={"expand": "expand_ratio"},
-        defaults={"expand_ratio": 1.0},
-        only={"use_short_conv": (False,), "use_lower_bound": (True,), "elementwise_affine": (True,)},
+        defaults={"expand_ratio": 1.0} | CONVOLUTION | {"use_short_conv": False},
+        only={"use_lower_bound": (True,), "elementwise_affine": (True,)},
+        read=read_convolution,
+        write=write_convolution,
+        trials={"plain": {}, "convolved": {"expand_ratio": 2, "use_short_conv": True, "conv_size": 3}},
     ),
 )
 

@@ -19,7 +19,7 @@ from zoo.fla import GATED_MLP, SHELL, UNFUSED, fla_layout, layer
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import GatedNorm, merge_heads, rotary_table, rotate, split_heads, token_positions
+from zoo.layers import GatedNorm, merge_heads, projected_sizes, rotary_table, rotate, split_heads, token_positions
 from zoo.layout import Layout, Pattern, Rule, rename
 from zoo.mixer import Mixer, State
 from zoo.registry import register
@@ -35,8 +35,10 @@ class RetNetConfig(ZooConfig):
     channel_mixer: str | None = "mlp"
     norm: str = "layernorm"
 
-    num_heads: int = 8
-    value_ratio: float = 2.0  # V = D * value_ratio / H; K = D / H
+    num_heads: int = 8  # H
+    num_kv_heads: int | None = None  # G, each shared by H / G query heads, which decay by themselves; None: one for each
+    key_ratio: float = 1.0  # K = D * key_ratio / H
+    value_ratio: float = 2.0  # V = D * value_ratio / H
     rope_theta: float = 10000.0  # the slowest angle turns by 1 / rope_theta per token
     rope_inclusive: bool = True  # angles from 1 to 1 / rope_theta, both included (the authors' code); False: RoPE's, without the last
     norm_weight: bool = True  # a weight [V] in the norm over each head
@@ -48,11 +50,9 @@ class RetNetConfig(ZooConfig):
 
     def validate_heads(self):
         """Heads must divide evenly and have channels to turn."""
-        keys = self.divide("hidden_size", "num_heads")
+        keys = projected_sizes(self)[0] // self.num_heads
         if keys % 2 or keys < 4:
-            raise ValueError(f"RetNetConfig: hidden_size / num_heads is {keys}; rotation needs an even number of 4 channels or more")
-        if int(self.hidden_size * self.value_ratio) % self.num_heads:
-            raise ValueError(f"RetNetConfig: hidden_size * value_ratio={self.value_ratio} is not divisible by num_heads={self.num_heads}")
+            raise ValueError(f"RetNetConfig: a head has {keys} key channels; rotation needs an even number of 4 channels or more")
 
 
 class RetNetMixer(Mixer):
@@ -62,13 +62,14 @@ class RetNetMixer(Mixer):
 
     def __init__(self, config: RetNetConfig, layer: int):
         super().__init__(config, layer)
-        width, self.heads = config.hidden_size, config.num_heads
-        self.keys, self.values = width // self.heads, int(width * config.value_ratio) // self.heads
+        width, self.heads, self.groups = config.hidden_size, config.num_heads, config.num_kv_heads or config.num_heads
+        q, k, v = projected_sizes(config)
+        self.keys, self.values = q // self.heads, v // self.groups
         # angles theta^(-i / (K/2 - 1)) are RoPE's theta^(-i / (K/2)) of a larger theta
         self.theta = config.rope_theta ** (self.keys / (self.keys - 2)) if config.rope_inclusive else config.rope_theta
-        self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, self.heads * self.values, bias=False)
+        self.q_proj = nn.Linear(width, q, bias=False)
+        self.k_proj = nn.Linear(width, k, bias=False)
+        self.v_proj = nn.Linear(width, v, bias=False)
         self.gate_proj = nn.Linear(width, self.heads * self.values, bias=False)
         self.norm = GatedNorm(self.values, eps=config.norm_eps, elementwise=config.norm_weight)
         self.out_proj = nn.Linear(self.heads * self.values, width, bias=False)
@@ -81,7 +82,8 @@ class RetNetMixer(Mixer):
         return flops(length, self.heads, self.keys, self.values)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        q, k, v, gate = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj))
+        q, gate = (split_heads(p(x), self.heads) for p in (self.q_proj, self.gate_proj))
+        k, v = (split_heads(p(x), self.groups) for p in (self.k_proj, self.v_proj))
         seen = state["length"] if state else None
         table = rotary_table(token_positions(x, seen, packing), self.keys, self.theta)
         log_decay = torch.log1p(-torch.exp2(-5.0 - torch.arange(self.heads, device=x.device)))
@@ -100,15 +102,21 @@ FLA = fla_layout(
         *GATED_MLP,
         *SHELL,
     ),
-    same={"num_heads": "num_heads", "value_ratio": "expand_v", "norm_weight": "elementwise_affine"},
-    defaults={"num_heads": 8, "expand_v": 2.0, "elementwise_affine": True, "hidden_ratio": 2},
-    only={
-        "expand_k": (1.0,), "num_kv_heads": (None,), "feature_map": (None,), "use_short_conv": (False,),
-        "use_output_gate": (True,),
+    same={
+        "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "key_ratio": "expand_k", "value_ratio": "expand_v",
+        "norm_weight": "elementwise_affine",
     },
+    defaults={
+        "num_heads": 8, "num_kv_heads": None, "expand_k": 1.0, "expand_v": 2.0, "elementwise_affine": True, "hidden_ratio": 2,
+    },
+    only={"feature_map": (None,), "use_output_gate": (True,)},  # its models have no short convolution, whatever use_short_conv says
     read=lambda foreign: {"rope_inclusive": False},
     aliases=(UNFUSED,),
-    trials={"plain": {"num_heads": 4, "expand_v": 1.5}, "weightless": {"num_heads": 2, "elementwise_affine": False}},
+    trials={
+        "plain": {"num_heads": 4, "expand_v": 1.5},
+        "weightless": {"num_heads": 2, "elementwise_affine": False},
+        "grouped": {"num_heads": 4, "num_kv_heads": 2, "expand_k": 0.5},
+    },
 )  # fmt: skip
 
 

@@ -40,7 +40,9 @@ class RWKV6Config(ZooConfig):
     norm: str = "layernorm"
     embedding_norm: bool = True
 
-    head_dim: int = 64  # K = V; H = D / K
+    head_dim: int = 64  # H = D / head_dim
+    key_ratio: float = 1.0  # K = head_dim * key_ratio
+    value_ratio: float = 1.0  # V = head_dim * value_ratio
     mix_rank: int = 32  # rank of each of the five token shifts
     decay_rank: int = 64  # rank of the decay's projection
     head_norm_eps: float = 64e-5  # of the norm over each head
@@ -51,30 +53,38 @@ class RWKV6Config(ZooConfig):
         super().__post_init__(**kwargs)
 
     def validate_heads(self):
-        """Heads must divide evenly."""
+        """Heads must divide evenly, and have whole channels."""
         self.divide("hidden_size", "head_dim")
+        for name in ("key_ratio", "value_ratio"):
+            channels = self.head_dim * getattr(self, name)
+            if channels < 1 or channels % 1:
+                raise ValueError(
+                    f"RWKV6Config: head_dim={self.head_dim} times {name}={getattr(self, name)} must be a positive whole number"
+                )
 
 
 class RWKV6Mixer(Mixer):
-    """State: `shift` `[B, 1, D]`, the last token, and `memory` `[B, H, K, K]`."""
+    """State: `shift` `[B, 1, D]`, the last token, and `memory` `[B, H, K, V]`."""
 
     lora_targets = ("r_proj", "k_proj", "v_proj", "gate_proj", "out_proj")
 
     def __init__(self, config: RWKV6Config, layer: int):
         super().__init__(config, layer)
-        width, self.keys = config.hidden_size, config.head_dim
-        self.width, self.heads, self.depth = width, config.divide("hidden_size", "head_dim"), config.num_hidden_layers
+        width, self.depth, self.heads = config.hidden_size, config.num_hidden_layers, config.divide("hidden_size", "head_dim")
+        self.width, self.keys = width, int(config.head_dim * config.key_ratio)
+        self.values = int(config.head_dim * config.value_ratio)
+        keys, values = self.heads * self.keys, self.heads * self.values
         self.mix = nn.Parameter(torch.empty(width))
         self.mix_down = nn.Linear(width, 5 * config.mix_rank, bias=False)
         self.mix_up = nn.ModuleList(nn.Linear(config.mix_rank, width) for _ in range(5))  # decay, k, v, r, gate; biases are mu
-        self.decay_proj = LowRank(width, config.decay_rank, width, activation=torch.tanh)
+        self.decay_proj = LowRank(width, config.decay_rank, keys, activation=torch.tanh)
         self.bonus = nn.Parameter(torch.empty(self.heads, self.keys))
-        self.r_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
-        self.gate_proj = nn.Linear(width, width, bias=False)
-        self.norm = GatedNorm(width, groups=self.heads, kind="layer", eps=config.head_norm_eps, bias=True)
-        self.out_proj = nn.Linear(width, width, bias=False)
+        self.r_proj = nn.Linear(width, keys, bias=False)
+        self.k_proj = nn.Linear(width, keys, bias=False)
+        self.v_proj = nn.Linear(width, values, bias=False)
+        self.gate_proj = nn.Linear(width, values, bias=False)
+        self.norm = GatedNorm(values, groups=self.heads, kind="layer", eps=config.head_norm_eps, bias=True)
+        self.out_proj = nn.Linear(values, width, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -89,15 +99,15 @@ class RWKV6Mixer(Mixer):
         init.zeros_(self.mix_down.weight)
         init.zeros_(self.decay_proj.down.weight)
         init.uniform_(self.decay_proj.up.weight, -0.01, 0.01)
-        init.copy_(self.decay_proj.up.bias, initial_decay(self.width, self.layer, self.depth))
-        init.copy_(self.bonus, initial_bonus(self.width, self.layer, self.depth).view(self.heads, self.keys))
+        init.copy_(self.decay_proj.up.bias, initial_decay(self.bonus.numel(), self.layer, self.depth))
+        init.copy_(self.bonus, initial_bonus(self.bonus.numel(), self.layer, self.depth).view_as(self.bonus))
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        memory = torch.zeros(batch, self.heads, self.keys, self.keys, dtype=accumulator(dtype), device=device)
+        memory = torch.zeros(batch, self.heads, self.keys, self.values, dtype=accumulator(dtype), device=device)
         return {"shift": torch.zeros(batch, 1, self.width, dtype=dtype, device=device), "memory": memory}
 
     def operator_flops(self, length: int) -> int:
-        return flops(length, self.heads, self.keys, self.keys)
+        return flops(length, self.heads, self.keys, self.values)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
         before, shift = token_shift(x, state["shift"] if state else None, packing)
@@ -168,16 +178,22 @@ FLA = fla_layout(
         layer("ffn.value.weight", "channel_mixer.value.weight"),
         *RWKV_SHELL,
     ),
-    same={"mix_rank": "proj_low_rank_dim", "decay_rank": "gate_low_rank_dim"},
+    same={
+        "mix_rank": "proj_low_rank_dim", "decay_rank": "gate_low_rank_dim", "key_ratio": "expand_k", "value_ratio": "expand_v",
+    },
     defaults={
         "num_heads": 4, "expand_k": 0.5, "expand_v": 1.0, "norm_eps": 1e-5, "proj_low_rank_dim": 32, "gate_low_rank_dim": 64,
         "hidden_ratio": 3.5, "intermediate_size": None,
     },
-    only={"expand_k": (1.0,), "expand_v": (1.0,), "hidden_act": ("sqrelu",), "norm_first": (True,), "norm_bias": (True,)},
+    only={"hidden_act": ("sqrelu",), "norm_first": (True,), "norm_bias": (True,)},
     read=read_fla,
     write=write_fla,
     mlp=False,
-    trials={"plain": {"num_heads": 2, "expand_k": 1.0, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}},
+    trials={
+        "plain": {"num_heads": 2, "expand_k": 1.0, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6},
+        "narrow": {"num_heads": 4, "proj_low_rank_dim": 3, "gate_low_rank_dim": 5},
+        "wide": {"num_heads": 2, "expand_v": 1.5, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6},
+    },
 )  # fmt: skip
 
 

@@ -22,11 +22,17 @@ RANKS = {"decay_low_rank_dim": 6, "a_low_rank_dim": 5, "v_low_rank_dim": 4, "gat
 CASES = {
     "gla": ("gla", {"num_heads": 2, "attn_mode": "fused_chunk"}),
     "gla-wide": ("gla", {"num_heads": 4, "expand_k": 1, "expand_v": 2, "tie_word_embeddings": True}),
+    "gla-grouped": ("gla", {"num_heads": 4, "num_kv_heads": 2, "use_short_conv": True, "conv_size": 3}),
+    "gsa": ("gsa", {"num_heads": 4, "num_kv_heads": 2, "expand_k": 0.5, "num_slots": 6, "norm_eps": 1e-3}),
+    "gsa-learned": ("gsa", {"num_heads": 2, "num_slots": 5, "feature_map": "t2r", "use_short_conv": True, "gate_logit_normalizer": 4}),
     "retnet": ("retnet", {"num_heads": 4, "expand_v": 1.5}),
     "retnet-weightless": ("retnet", {"num_heads": 2, "elementwise_affine": False}),
+    "retnet-grouped": ("retnet", {"num_heads": 4, "num_kv_heads": 2, "expand_k": 0.5}),
     "hgrn": ("hgrn", {}),
     "hgrn-wide": ("hgrn", {"expand_ratio": 2}),
+    "hgrn-convolved": ("hgrn", {"use_short_conv": True}),
     "hgrn2": ("hgrn2", {"expand_ratio": 8}),
+    "hgrn2-convolved": ("hgrn2", {"expand_ratio": 16, "use_short_conv": True, "conv_size": 3}),
     "delta_net": ("delta_net", {"num_heads": 2, "expand_v": 2.0}),
     "delta_net-plain": ("delta_net", {"num_heads": 4, "use_short_conv": False, "allow_neg_eigval": True}),
     "gated_deltanet": ("gated_deltanet", {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "conv_size": 3}),
@@ -37,6 +43,8 @@ CASES = {
     "transformer": ("transformer", {"num_heads": 4, "num_kv_heads": 2, "window_size": 5, "qkv_bias": True}),
     "transformer-normed": ("transformer", {"num_heads": 2, "qk_norm": True, "rope_theta": 500.0, "tie_word_embeddings": True}),
     "rwkv6": ("rwkv6", {"num_heads": 2, "expand_k": 1.0, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
+    "rwkv6-narrow": ("rwkv6", {"num_heads": 4, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
+    "rwkv6-wide": ("rwkv6", {"num_heads": 2, "expand_v": 1.5, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
     "rwkv7": ("rwkv7", {"head_dim": 8} | RANKS),
     "rwkv7-tied": ("rwkv7", {"head_dim": 16, "num_heads": 2, "tie_word_embeddings": True} | RANKS),
 }  # fmt: skip
@@ -50,8 +58,9 @@ def config_of(case: str) -> dict:
 
 
 CLASSES = {
-    "gla": "GLA", "retnet": "RetNet", "hgrn": "HGRN", "hgrn2": "HGRN2", "delta_net": "DeltaNet", "gated_deltanet": "GatedDeltaNet",
-    "kda": "KDA", "rwkv6": "RWKV6", "rwkv7": "RWKV7", "transformer": "Transformer", "linear_attn": "LinearAttention",
+    "gla": "GLA", "gsa": "GSA", "retnet": "RetNet", "hgrn": "HGRN", "hgrn2": "HGRN2", "delta_net": "DeltaNet",
+    "gated_deltanet": "GatedDeltaNet", "kda": "KDA", "rwkv6": "RWKV6", "rwkv7": "RWKV7", "transformer": "Transformer",
+    "linear_attn": "LinearAttention",
 }  # fmt: skip
 
 
@@ -62,26 +71,46 @@ def projections(**sizes) -> dict:
     return {f"{name}_proj.weight": shape for name, shape in sizes.items()}
 
 
+def convolution_keys(c: dict, **widths) -> dict:
+    """Kernels by projection, where there are any; `use_short_conv` is false unless the config says otherwise."""
+    return {f"{name}_conv1d.weight": (width, 1, c.get("conv_size", 4)) for name, width in widths.items() if c.get("use_short_conv")}
+
+
 def gla_keys(c: dict) -> dict:
-    keys, values = int(D * c.get("expand_k", 0.5)), int(D * c.get("expand_v", 1.0))
-    low = {"gk_proj.0.weight": (16, D), "gk_proj.1.weight": (keys, 16), "gk_proj.1.bias": (keys,)}
-    shapes = projections(q=(keys, D), k=(keys, D), v=(values, D), g=(values, D), o=(D, values))
+    keys, values, sharing = int(D * c.get("expand_k", 0.5)), int(D * c.get("expand_v", 1.0)), c["num_heads"] // groups_of(c)
+    shared = keys // sharing
+    low = {"gk_proj.0.weight": (16, D), "gk_proj.1.weight": (shared, 16), "gk_proj.1.bias": (shared,)}
+    shapes = projections(q=(keys, D), k=(shared, D), v=(values // sharing, D), g=(values, D), o=(D, values))
+    shapes |= convolution_keys(c, q=keys, k=shared, v=values // sharing)
     return shapes | low | {"g_norm_swish_gate.weight": (values // c["num_heads"],)}
 
 
+def groups_of(c: dict) -> int:
+    return c.get("num_kv_heads") or c["num_heads"]
+
+
+def gsa_keys(c: dict) -> dict:
+    keys, sharing = int(D * c.get("expand_k", 1.0)), c["num_heads"] // groups_of(c)
+    shapes = projections(q=(keys, D), k=(keys // sharing, D), v=(D // sharing, D), f=(groups_of(c) * c["num_slots"], D), o=(D, D))
+    shapes |= convolution_keys(c, q=keys, k=keys // sharing, v=D // sharing)
+    features = {"feature_map.layer.weight": (keys // c["num_heads"],) * 2} if c.get("feature_map") == "t2r" else {}
+    return shapes | features | {"g_norm.weight": (D,)}
+
+
 def retnet_keys(c: dict) -> dict:
-    values = int(D * c.get("expand_v", 2.0))
+    keys, values, sharing = int(D * c.get("expand_k", 1.0)), int(D * c.get("expand_v", 2.0)), c["num_heads"] // groups_of(c)
     norm = {"g_norm_swish_gate.weight": (values // c["num_heads"],)} if c.get("elementwise_affine", True) else {}
-    return projections(q=(D, D), k=(D, D), v=(values, D), g=(values, D), o=(D, values)) | norm
+    return projections(q=(keys, D), k=(keys // sharing, D), v=(values // sharing, D), g=(values, D), o=(D, values)) | norm
 
 
 def hgrn_keys(c: dict) -> dict:
     inner = D * c.get("expand_ratio", 1)
-    return projections(i=(inner, D), f=(inner, D), g=(inner, D), o=(D, inner)) | {"g_norm.weight": (inner,)}
+    shapes = projections(i=(inner, D), f=(inner, D), g=(inner, D), o=(D, inner)) | convolution_keys(c, i=inner, f=inner)
+    return shapes | {"g_norm.weight": (inner,)}
 
 
 def hgrn2_keys(c: dict) -> dict:
-    return projections(q=(D, D), f=(D, D), i=(D, D), o=(D, D)) | {"g_norm.weight": (D,)}
+    return projections(q=(D, D), f=(D, D), i=(D, D), o=(D, D)) | convolution_keys(c, q=D, f=D, i=D) | {"g_norm.weight": (D,)}
 
 
 def delta_keys(c: dict, keys: int, values: int, heads: int, channels: int) -> dict:
@@ -127,22 +156,24 @@ def transformer_keys(c: dict) -> dict:
     return shapes | ({"q_norm.weight": (channels,), "k_norm.weight": (channels,)} if c.get("qk_norm") else {})
 
 
-def rwkv_keys(c: dict, linear: str = "") -> dict:
+def rwkv_keys(c: dict, linear: str = "", keys: int = D, values: int = D) -> dict:
     """What both versions share."""
     inner, norms = c["intermediate_size"], {f"{part}_norm.{kind}": (D,) for part in ("attn", "ffn") for kind in ("weight", "bias")}
-    shapes = {f"attn.{name}_proj{linear if name != 'o' else ''}.weight": (D, D) for name in "rkvo"}
-    shapes |= {"attn.g_norm.weight": (D,), "attn.g_norm.bias": (D,), f"ffn.key{linear}.weight": (inner, D)}
+    sizes = {"r": keys, "k": keys, "v": values}
+    shapes = {f"attn.{name}_proj{linear}.weight": (size, D) for name, size in sizes.items()} | {"attn.o_proj.weight": (D, values)}
+    shapes |= {"attn.g_norm.weight": (values,), "attn.g_norm.bias": (values,), f"ffn.key{linear}.weight": (inner, D)}
     return norms | shapes | {"ffn.value.weight": (D, inner)}
 
 
 def rwkv6_keys(c: dict) -> dict:
     mixes, decays = c["proj_low_rank_dim"], c["gate_low_rank_dim"]
-    shapes = {"x_bias": (5, D), "bonus": (c["num_heads"], D // c["num_heads"]), "x_proj.0.mu": (D,), "x_proj.2.weight": (D, 5 * mixes)}
-    shapes |= {"x_proj.0.linear.weight": (5 * mixes, D), "g_proj.linear.weight": (D, D)}
-    shapes |= {"w_proj.linear.lora.0.weight": (decays, D), "w_proj.linear.lora.2.weight": (D, decays)}
-    shapes |= {"w_proj.linear.lora.2.bias": (D,)}
+    keys, values = int(D * c.get("expand_k", 0.5)), int(D * c.get("expand_v", 1.0))
+    shapes = {"x_bias": (5, D), "bonus": (c["num_heads"], keys // c["num_heads"]), "x_proj.0.mu": (D,), "x_proj.2.weight": (D, 5 * mixes)}
+    shapes |= {"x_proj.0.linear.weight": (5 * mixes, D), "g_proj.linear.weight": (values, D)}
+    shapes |= {"w_proj.linear.lora.0.weight": (decays, D), "w_proj.linear.lora.2.weight": (keys, decays)}
+    shapes |= {"w_proj.linear.lora.2.bias": (keys,)}
     channel = {"ffn.key.mu": (D,), "ffn.receptance.mu": (D,), "ffn.receptance.linear.weight": (D, D)}
-    return rwkv_keys(c, ".linear") | {f"attn.{name}": shape for name, shape in shapes.items()} | channel
+    return rwkv_keys(c, ".linear", keys, values) | {f"attn.{name}": shape for name, shape in shapes.items()} | channel
 
 
 def rwkv7_keys(c: dict) -> dict:
@@ -156,7 +187,7 @@ def rwkv7_keys(c: dict) -> dict:
 
 
 MIXER_KEYS = {
-    "gla": gla_keys, "retnet": retnet_keys, "hgrn": hgrn_keys, "hgrn2": hgrn2_keys, "delta_net": delta_net_keys,
+    "gla": gla_keys, "gsa": gsa_keys, "retnet": retnet_keys, "hgrn": hgrn_keys, "hgrn2": hgrn2_keys, "delta_net": delta_net_keys,
     "gated_deltanet": gated_deltanet_keys, "kda": kda_keys, "transformer": transformer_keys,
     "linear_attn": linear_attn_keys,
 }  # fmt: skip
@@ -244,10 +275,39 @@ def recur(q, k, v, decay, beta=None) -> torch.Tensor:
     return torch.stack(out, 1)
 
 
+def convolved(w: Weights, x: torch.Tensor, name: str) -> torch.Tensor:
+    """A projection, through its short convolution where it has one; SiLU is the caller's."""
+    y, kernel = w.linear(f"{name}_proj", x), w.get(f"{name}_conv1d.weight")
+    return y if kernel is None else F.conv1d(F.pad(y.mT, (kernel.shape[-1] - 1, 0)), kernel, groups=len(kernel)).mT
+
+
+def shared_heads(w: Weights, x, c: dict) -> list[torch.Tensor]:
+    """Queries, keys and values by head, those of a group repeated; after a convolution comes SiLU."""
+    parts = [convolved(w, x, name).unflatten(-1, (n, -1)) for name, n in zip("qkv", (c["num_heads"], *[groups_of(c)] * 2), strict=True)]
+    parts = [F.silu(part) for part in parts] if c.get("use_short_conv") else parts
+    return [part.repeat_interleave(c["num_heads"] // part.shape[2], 2) for part in parts]
+
+
 def gla(w: Weights, x, c: dict, index: int) -> torch.Tensor:
-    q, k, v, g = w.heads(x, c["num_heads"], "q_proj", "k_proj", "v_proj", "g_proj")
-    decay = torch.sigmoid(w.linear("gk_proj.1", w.linear("gk_proj.0", x))).pow(1 / 16).unflatten(-1, (c["num_heads"], -1))
+    (g,), (q, k, v) = w.heads(x, c["num_heads"], "g_proj"), shared_heads(w, x, c)
+    decay = torch.sigmoid(w.linear("gk_proj.1", w.linear("gk_proj.0", x))).pow(1 / 16).unflatten(-1, (groups_of(c), -1))
+    decay = decay.repeat_interleave(c["num_heads"] // groups_of(c), 2)
     return w.linear("o_proj", (rms(recur(q, k, v, decay), w["g_norm_swish_gate.weight"]) * F.silu(g)).flatten(-2))
+
+
+def gsa(w: Weights, x, c: dict, index: int) -> torch.Tensor:
+    q, k, v = shared_heads(w, x, c)
+    q, k = (F.relu(w.linear("feature_map.layer", z)) for z in (q, k)) if c.get("feature_map") == "t2r" else (F.silu(q), F.silu(k))
+    keep = torch.sigmoid(w.linear("f_proj", x)).pow(1 / c.get("gate_logit_normalizer", 8)).unflatten(-1, (groups_of(c), -1))
+    keep, v = keep.repeat_interleave(c["num_heads"] // groups_of(c), 2), F.silu(v)
+    slot_keys, slot_values, out = 0, 0, []
+    for t in range(x.shape[1]):
+        kept = keep[:, t, :, :, None]
+        slot_keys = kept * slot_keys + (1 - kept) * k[:, t, :, None]
+        slot_values = kept * slot_values + (1 - kept) * v[:, t, :, None]
+        weights = torch.einsum("bhk,bhmk->bhm", q[:, t], slot_keys).softmax(-1)
+        out.append(torch.einsum("bhm,bhmv->bhv", weights, slot_values))
+    return w.linear("o_proj", rms(F.silu(torch.stack(out, 1).flatten(-2)), w["g_norm.weight"]))
 
 
 def turn(x: torch.Tensor, theta: float = 1e4) -> torch.Tensor:
@@ -284,7 +344,7 @@ def linear_attn(w: Weights, x, c: dict, index: int) -> torch.Tensor:
 
 
 def retnet(w: Weights, x, c: dict, index: int) -> torch.Tensor:
-    q, k, v, g = w.heads(x, c["num_heads"], "q_proj", "k_proj", "v_proj", "g_proj")
+    (g,), (q, k, v) = w.heads(x, c["num_heads"], "g_proj"), shared_heads(w, x, c)
     decay = (1 - 2.0 ** (-5 - torch.arange(c["num_heads"]))).to(x.dtype).expand(*x.shape[:2], -1).unsqueeze(-1)
     return w.linear("o_proj", (rms(recur(turn(q), turn(k), v, decay), w.get("g_norm_swish_gate.weight")) * F.silu(g)).flatten(-2))
 
@@ -292,11 +352,11 @@ def retnet(w: Weights, x, c: dict, index: int) -> torch.Tensor:
 def forget_gate(w: Weights, x, index: int) -> torch.Tensor:
     shares = w.tensors["model.lower_bounds"].softmax(0)
     bound = (shares.cumsum(0) - shares[0])[index]
-    return bound + (1 - bound) * torch.sigmoid(w.linear("f_proj", x))
+    return bound + (1 - bound) * torch.sigmoid(convolved(w, x, "f"))
 
 
 def hgrn(w: Weights, x, c: dict, index: int) -> torch.Tensor:
-    f, i = forget_gate(w, x, index), F.silu(w.linear("i_proj", x))
+    f, i = forget_gate(w, x, index), F.silu(convolved(w, x, "i"))
     hidden, states = torch.zeros_like(i[:, 0]), []
     for t in range(x.shape[1]):
         hidden = f[:, t] * hidden + (1 - f[:, t]) * i[:, t]
@@ -306,25 +366,19 @@ def hgrn(w: Weights, x, c: dict, index: int) -> torch.Tensor:
 
 def hgrn2(w: Weights, x, c: dict, index: int) -> torch.Tensor:
     f = forget_gate(w, x, index)
-    q, k, v, decay = (z.unflatten(-1, (-1, c["expand_ratio"])) for z in (F.silu(w.linear("q_proj", x)), 1 - f, w.linear("i_proj", x), f))
+    parts = (F.silu(convolved(w, x, "q")), 1 - f, convolved(w, x, "i"), f)
+    q, k, v, decay = (part.unflatten(-1, (-1, c["expand_ratio"])) for part in parts)
     return w.linear("o_proj", rms(recur(q, k, v, decay).flatten(-2), w["g_norm.weight"]))
 
 
 def delta_inputs(w: Weights, x, c: dict, heads: int, v_heads: int):
     """q and k of length one, v, and beta."""
 
-    def convolved(name: str) -> torch.Tensor:
-        y = w.linear(f"{name}_proj", x)
-        if c.get("use_short_conv", True):
-            kernel = w[f"{name}_conv1d.weight"]
-            y = F.conv1d(F.pad(y.mT, (kernel.shape[-1] - 1, 0)), kernel, groups=len(kernel)).mT
-        return F.silu(y)
-
-    q, k = (convolved(name).unflatten(-1, (heads, -1)) for name in "qk")
+    q, k, v = (F.silu(convolved(w, x, name)).unflatten(-1, (n, -1)) for name, n in zip("qkv", (heads, heads, v_heads), strict=True))
     q, k = (z * (z.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for z in (q, k))
     q, k = (z.repeat_interleave(v_heads // heads, 2) for z in (q, k))
     beta = w.linear("b_proj", x).sigmoid() * (2 if c.get("allow_neg_eigval") else 1)
-    return q, k, convolved("v").unflatten(-1, (v_heads, -1)), beta
+    return q, k, v, beta
 
 
 def delta_net(w: Weights, x, c: dict, index: int) -> torch.Tensor:
@@ -368,7 +422,7 @@ def rwkv6(w: Weights, x, c: dict, index: int) -> torch.Tensor:
         out.append(torch.einsum("bhk,bhkv->bhv", r[:, t], memory + w["bonus"][..., None] * written))
         memory = decay[:, t, ..., None] * memory + written
     y = F.group_norm(torch.stack(out, 1).flatten(0, 1).flatten(1), heads, w["g_norm.weight"], w["g_norm.bias"], c["norm_eps"])
-    return w.linear("o_proj", y.view_as(x) * F.silu(w.linear("g_proj.linear", for_g)))
+    return w.linear("o_proj", y.unflatten(0, x.shape[:2]) * F.silu(w.linear("g_proj.linear", for_g)))
 
 
 def rwkv7(w: Weights, x, c: dict, index: int, first: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -423,25 +477,25 @@ def rwkv_logits(c: dict, tensors: dict, x: torch.Tensor) -> torch.Tensor:
 
 
 MIXERS = {
-    "gla": gla, "retnet": retnet, "hgrn": hgrn, "hgrn2": hgrn2, "delta_net": delta_net, "gated_deltanet": gated_deltanet, "kda": kda,
-    "transformer": transformer, "linear_attn": linear_attn,
+    "gla": gla, "gsa": gsa, "retnet": retnet, "hgrn": hgrn, "hgrn2": hgrn2, "delta_net": delta_net,
+    "gated_deltanet": gated_deltanet, "kda": kda, "transformer": transformer, "linear_attn": linear_attn,
 }  # fmt: skip
 
 
 def logits_of(c: dict, tensors: dict, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The whole model."""
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    x = tensors["model.embeddings.weight"][ids]
+    x, eps = tensors["model.embeddings.weight"][ids], c["norm_eps"]
     if c["model_type"].startswith("rwkv"):
         return rwkv_logits(c, tensors, x)
     for index in range(L):
         w = Weights(tensors, f"model.layers.{index}.")
         mixer = Weights(tensors, f"model.layers.{index}.attn.")
-        x = x + MIXERS[c["model_type"]](mixer, rms(x, w["attn_norm.weight"]), c, index)
-        y = rms(x, w["mlp_norm.weight"])
+        x = x + MIXERS[c["model_type"]](mixer, rms(x, w["attn_norm.weight"], eps), c, index)
+        y = rms(x, w["mlp_norm.weight"], eps)
         x = x + w.linear("mlp.down_proj", F.silu(w.linear("mlp.gate_proj", y)) * w.linear("mlp.up_proj", y))
     head = "model.embeddings.weight" if c.get("tie_word_embeddings") else "lm_head.weight"
-    return F.linear(rms(x, tensors["model.norm.weight"]), tensors[head])
+    return F.linear(rms(x, tensors["model.norm.weight"], eps), tensors[head])
 
 
 # -- tests -------------------------------------------------------------------------------------------------------------
@@ -547,14 +601,16 @@ def test_samba(tmp_path):
 @pytest.mark.parametrize(
     "case, changes, message",
     [
-        ("gla", {"use_short_conv": True}, "gla with use_short_conv=True is not supported"),
+        ("gla", {"clamp_min": -5.0}, "gla with clamp_min=-5.0 is not supported"),
+        ("gsa", {"expand_v": 2.0}, "gsa with expand_v=2.0"),
+        ("gsa", {"feature_map": "elu"}, "gsa with feature_map='elu'"),
         ("gla", {"attn": {"layers": [1], "num_heads": 2}}, "gla with attn=.* is not supported"),
-        ("retnet", {"expand_k": 0.5}, "retnet with expand_k=0.5"),
+        ("retnet", {"feature_map": "relu"}, "retnet with feature_map='relu'"),
         ("hgrn", {"use_lower_bound": False}, "hgrn with use_lower_bound=False"),
         ("delta_net", {"qk_norm": "sum"}, "delta_net with qk_norm='sum'"),
         ("gated_deltanet", {"output_gate_activation": "sigmoid"}, "output_gate_activation='sigmoid'"),
         ("kda", {"num_v_heads": 4}, "num_v_heads=4"),
-        ("rwkv6", {"expand_k": 0.5}, "rwkv6 with expand_k=0.5"),
+        ("rwkv6", {"norm_first": False}, "rwkv6 with norm_first=False"),
         ("rwkv7", {"value_dim": 2 * D}, "value_dim=64"),
         ("linear_attn", {"feature_map": "hedgehog"}, "feature_map"),
         ("transformer-normed", {"norm_eps": 1e-6}, "norm_eps=1e-05 only"),
@@ -589,6 +645,8 @@ def test_defaults_are_those_documented(tmp_path):
         "gla": {"key_ratio": 0.5, "num_heads": 4, "intermediate_size": 5632}, "retnet": {"value_ratio": 2.0, "intermediate_size": 2816},
         "hgrn2": {"expansion": 128}, "gated_deltanet": {"num_hidden_layers": 21, "head_dim": 256},
         "kda": {"head_dim": 128, "gate_bias": True}, "rwkv7": {"intermediate_size": 8192, "decay_rank": 64},
+        "gsa": {"num_slots": 64, "num_heads": 4, "gate_temperature": 8.0, "out_norm_eps": 1e-5},
+        "rwkv6": {"head_dim": 512, "key_ratio": 0.5},
         "samba": {"hidden_size": 2304, "intermediate_size": 6144},
     }  # fmt: skip
     for kind, fields in sizes.items():

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Size, Tensor
 
+from zoo import layout
 from zoo.config import ZooConfig
 from zoo.layout import Layout, Pattern, Rule, drop, rename
 from zoo.terms import inner_size
@@ -19,7 +20,7 @@ DEFAULTS = {
     "tie_word_embeddings": False, "use_cache": True, "pad_token_id": None, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 WIDTHS = {"hidden_ratio": 4, "intermediate_size": None, "hidden_act": "swish"}  # of models with a gated MLP
-OLD = {"rms_norm_eps": "norm_eps"}  # field names of earlier versions
+OLD = {"rms_norm_eps": "norm_eps", "exapnd_k": "expand_k", "exapnd_v": "expand_v"}  # earlier or misspelt names of fields
 ONLY = {"attn": (None,), "attnres_block_size": (None,)}  # attention among the layers makes a hybrid, residuals over depth are not ours
 SILU = ("swish", "silu")
 BODY = "model.layers.{}."
@@ -144,17 +145,9 @@ def write_convolution(config: ZooConfig) -> dict:
     return {"use_short_conv": bool(config.conv_kernel), "conv_size": config.conv_kernel or CONVOLUTION["conv_size"]}
 
 
-def convolutions(sizes: Callable[[ZooConfig], list[int]]) -> Rule:
-    """The three short convolutions over queries, keys and values, which are one of ours; `sizes` are their widths."""
-
-    def to_own(x: list[Tensor], shapes: list[Size], config: ZooConfig):
-        return [torch.cat(x).squeeze(1)]
-
-    def to_foreign(x: list[Tensor], config: ZooConfig):
-        return [part.clone() for part in x[0].unsqueeze(1).split(sizes(config))]
-
-    names = (Pattern(f"{BODY}attn.{which}_conv1d.weight") for which in "qkv")
-    return Rule(tuple(names), (Pattern(BODY + "mixer.conv.weight"),), to_own, to_foreign)
+def convolutions(sizes: Callable[[ZooConfig], list[int]], letters: str = "qkv") -> Rule:
+    """The short convolutions over queries, keys and values (or other projections), which are one of ours; `sizes`: their widths."""
+    return layout.convolutions([f"{BODY}attn.{letter}_conv1d.weight" for letter in letters], BODY + "mixer.conv.weight", sizes)
 
 
 def shared_bounds(config: ZooConfig) -> Rule:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from zoo import ops
+from zoo.config import ZooConfig
 from zoo.kernels.packing import Packing
 from zoo.mixer import Layer
 
@@ -84,7 +85,7 @@ class ShortConv(Layer):
 def convolve_together(
     parts: tuple[Tensor, ...], conv: ShortConv | None, state: dict[str, Tensor] | None, packing: Packing | None
 ) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-    """Queries, keys and values through one convolution over all their channels, or through SiLU alone where there is none.
+    """Queries, keys and values (or others) through one convolution over all their channels, or through SiLU alone without one.
 
     Returns: the parts, and the new state: `conv`, or nothing.
     """
@@ -94,6 +95,17 @@ def convolve_together(
     else:
         joined, after["conv"] = conv(joined, state["conv"] if state else None, packing)
     return joined.split([part.shape[-1] for part in parts], dim=-1), after
+
+
+def projected_sizes(config: ZooConfig) -> list[int]:
+    """Widths of queries, keys and values: `D * key_ratio` and `D * value_ratio` for `num_heads` heads, of which keys and values
+    have `num_kv_heads`. ValueError where these do not divide evenly."""
+    heads = config.num_heads
+    sharing = 1 if config.num_kv_heads is None else config.divide("num_heads", "num_kv_heads")
+    keys, values = int(config.hidden_size * config.key_ratio), int(config.hidden_size * config.value_ratio)
+    if keys % heads or values % heads:
+        raise ValueError(f"{type(config).__name__}: {keys} key and {values} value channels are not divisible by num_heads={heads}")
+    return [keys, keys // sharing, values // sharing]
 
 
 class LowRank(nn.Module):
