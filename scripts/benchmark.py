@@ -7,7 +7,7 @@ Width 512 as 8 heads of 64 (16 states a channel for the selective scan), batch 1
     python scripts/benchmark.py loading [--size 1e9] [--output FILE.json]
 
 Resident memory at its most while checkpoints of random weights are loaded, in several shards and in the layouts `llama`, whose
-tensors only change their names, and `phi3`, whose tensors are split.
+tensors only change their names, and `phi3`, whose tensors are split, and of a `llama` in another dtype than its own.
 """
 
 import argparse
@@ -102,13 +102,13 @@ def kernels(args: argparse.Namespace) -> dict:
 
 def loading(args: argparse.Namespace) -> dict:
     rows = []
-    for kind in tqdm(("llama", "phi3"), unit="layout", leave=False):
+    for kind, dtype in tqdm((("llama", "auto"), ("phi3", "auto"), ("llama", "float32")), unit="load", leave=False):
         with tempfile.TemporaryDirectory() as folder:
             random_checkpoint(Path(folder), kind, int(args.size))
-            result = measure(Path(folder))
-        rows.append({"layout": kind} | dataclasses.asdict(result) | {"bound": result.bound})
+            result = measure(Path(folder), dtype)
+        rows.append({"layout": kind, "dtype": dtype} | dataclasses.asdict(result) | {"bound": result.bound})
         sizes = "   ".join(f"{name} {rows[-1][name] / 2**20:,.0f} MiB" for name in ("model", "shard", "peak", "bound"))
-        tqdm.write(f"{kind:<8} {result.shards} shards   {sizes}   {'within' if result.peak < result.bound else 'TOO MUCH'}")
+        tqdm.write(f"{kind:<8} {dtype:<8} {result.shards} shards   {sizes}   {'within' if result.peak < result.bound else 'TOO MUCH'}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "safetensors": safetensors.__version__}
     return {"command": f"python scripts/benchmark.py loading --size {args.size:g}", "host": versions, "rows": rows}
 

@@ -107,8 +107,8 @@ def test_the_table_of_all_layouts_is_up_to_date():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llama", "phi3"])
-def test_loading_holds_the_weights_once(tmp_path, kind):
+@pytest.mark.parametrize("kind, dtype", [("llama", "auto"), ("phi3", "auto"), ("llama", "float32")])
+def test_loading_holds_the_weights_once(tmp_path, kind, dtype):
     random_checkpoint(tmp_path, kind)
-    result = measure(tmp_path)
+    result = measure(tmp_path, dtype)
     assert result.shards > 3 and result.model < result.peak < result.bound

@@ -63,7 +63,9 @@ def load_foreign(
     other_task = task is not None and saved is not None and task != saved
     weights = read(path_or_id, hub) if weights is None else weights
     weights = joined(weights, layout, config, base, hub)
-    state, report = layout.to_zoo(weights, skeleton, other_task=other_task)
+    asked = kwargs.get("dtype", kwargs.get("torch_dtype", "auto"))
+    dtype = own.dtype if asked in (None, "auto") else getattr(torch, asked, None) if isinstance(asked, str) else asked
+    state, report = layout.to_zoo(weights, skeleton, other_task=other_task, dtype=dtype)
     if verbose:
         sys.stdout.write(f"{path_or_id}: {layout.name} -> {entry.name}\n{report}\n")
     # past our own from_pretrained, which would refuse what a layout declares fresh; the report has accounted for every key

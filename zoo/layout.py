@@ -195,12 +195,13 @@ class Layout:
     trials: dict[str, dict] = field(default_factory=dict)
     forgets: tuple[str, ...] = ()
 
-    def to_zoo(self, state: State, model, *, other_task: bool = False) -> tuple[State, Report]:
+    def to_zoo(self, state: State, model, *, other_task: bool = False, dtype: torch.dtype | None = None) -> tuple[State, Report]:
         """Our state dict from a foreign one.
 
         Args:
             model: one of ours (on the meta device will do), for its keys, shapes and config.
             other_task: the checkpoint's head may be missing or superfluous.
+            dtype: what floating tensors become, but for those that the model keeps in float32; None: as they are.
 
         Raises:
             ValueError: a key is missing, surplus or misshapen, or a key of the model has no rule.
@@ -219,13 +220,15 @@ class Layout:
             foreign = [names[name] for name in job.foreign]
             wanted = [blank[name].shape for name in own]
             try:
-                given = [state[name] if job.rule.moved else loan(name) for name in foreign]
+                same = job.rule.moved and state[foreign[0]].dtype == (dtype or state[foreign[0]].dtype)
+                given = [state[name] if same else loan(name) for name in foreign]
                 tensors = list(job.rule.to_own(given, wanted, model.config))
             except (ValueError, RuntimeError) as error:
                 raise ValueError(f"{', '.join(foreign)} cannot become {', '.join(own)}: {error}") from error
             for name, tensor in zip(own, tensors, strict=True):
                 check_fit(", ".join(foreign), tensor, name, blank[name])
-                result[name] = tensor
+                wide = not tensor.is_floating_point() or any(part in name for part in model._keep_in_fp32_modules_strict or ())
+                result[name] = tensor if wide or dtype is None else tensor.to(dtype)
             if job.rule.moved:
                 report.taken[foreign[0]] = own[0]
             else:

@@ -65,18 +65,18 @@ def resident(field: str) -> int:
     return 1024 * int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)).split()[1])
 
 
-def load(folder: Path) -> tuple[int, int]:
+def load(folder: Path, dtype: str) -> tuple[int, int]:
     """Bytes of the weights, and how much more of this process is resident at its most than was before."""
     before = resident("VmRSS")
-    model = from_pretrained(folder)
+    model = from_pretrained(folder, dtype=dtype)
     for parameter in model.parameters():
         parameter.sum()  # a weight that was only mapped into memory is read now
     return sum(parameter.nbytes for parameter in model.parameters()), resident("VmHWM") - before
 
 
-def measure(folder: Path) -> Loading:
-    """Load the checkpoint in a process of its own."""
+def measure(folder: Path, dtype: str = "auto") -> Loading:
+    """Load the checkpoint in a process of its own, in this dtype ("auto": that of its weights)."""
     files = [path.stat().st_size for path in Path(folder).glob("*.safetensors")]
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        model, peak = pool.submit(load, folder).result()
+        model, peak = pool.submit(load, folder, dtype).result()
     return Loading(model=model, shard=max(files), shards=len(files), peak=peak)
