@@ -36,7 +36,17 @@ setup(
     package_dir={"zoo": "zoo"} | {f"zoo.{folder}": folder for folder in MAPPED},
     include_package_data=True,
     entry_points={"console_scripts": ["zoo = zoo.__main__:main"]},
-    install_requires=["torch>=2.11", "transformers>=5.17,<6", "huggingface_hub", "safetensors", "einops", "accelerate", "tqdm"],
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "huggingface_hub",
+        "httpx",
+        "safetensors",
+        "tokenizers",
+        "einops",
+        "accelerate",
+        "tqdm",
+    ],
     extras_require={
         "demo": ["gguf", "matplotlib"],
         "train": ["peft", "datasets", "liger-kernel"],

@@ -9,6 +9,7 @@ COMMANDS = {  # name: (file of scripts/, what it does)
     "list": ("list_models", "what the zoo holds: architectures, presets, mixers, layouts"),
     "card": ("print_card", "an architecture's model card"),
     "generate": ("generate", "continue a text, answer a prompt, or chat"),
+    "evaluate": ("evaluate_model", "perplexity by position, passkeys, needles, copying, tasks of lm-eval"),
     "convert": ("convert", "turn a pretrained transformer into a hybrid of other mixers"),
     "bench": ("benchmark", "time operators, weigh loading"),
     "parity": ("parity", "prove checkpoint layouts against transformers"),
@@ -18,7 +19,7 @@ EXAMPLES = """\
   zoo list delta
   zoo convert HuggingFaceTB/SmolLM2-135M-Instruct -o student --mixer gated_deltanet --keep 10
   zoo generate student --chat "What is a Python module?"
-  zoo parity gpt2 llama"""
+  zoo evaluate student --tasks perplexity passkey --length 1024 -o results"""
 
 
 def usage() -> str:

@@ -83,10 +83,15 @@ def encode(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: str | l
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
     if not ids:
         raise ValueError("the prompt is empty, and the tokenizer has no token to begin with; write something")
-    rows = model.get_input_embeddings().num_embeddings
-    if max(ids) >= rows:
-        raise ValueError(f"token {max(ids)} is beyond the model's vocabulary of {rows}; the tokenizer belongs to another model")
+    check_ids(model, ids)
     return ids
+
+
+def check_ids(model: nn.Module, ids: list[int]) -> None:
+    """Raise ValueError unless the model has an embedding for each token."""
+    rows = model.get_input_embeddings().num_embeddings
+    if max(ids, default=0) >= rows:
+        raise ValueError(f"token {max(ids)} is beyond the model's vocabulary of {rows}; the tokenizer belongs to another model")
 
 
 def begin(tokenizer: PreTrainedTokenizerBase) -> list[int]:
