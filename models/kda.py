@@ -14,6 +14,7 @@ negative eigenvalues, after arXiv:2411.12537.
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
@@ -38,11 +39,30 @@ class KDAConfig(ZooConfig):
     conv_kernel: int | None = 4  # W, tokens the short convolution sees; None or 0: no convolution
     gate_bias: bool = False  # a bias in the output gate
     allow_negative_eigenvalues: bool = False  # beta reaches 2 instead of 1
+    decay_bound: float | None = None  # negative: log alpha = decay_bound sigmoid(exp(A) (W_2 W_1 x + b)), which stays above it
 
     def validate_heads(self):
-        """Heads must have whole value channels."""
+        """Heads must have whole value channels, and decays forget."""
+        if self.decay_bound is not None and self.decay_bound >= 0:
+            raise ValueError(f"KDAConfig: decay_bound={self.decay_bound} must be negative, or None")
         if self.head_dim * self.value_ratio % 1:
             raise ValueError(f"KDAConfig: head_dim={self.head_dim} times value_ratio={self.value_ratio} is no whole number")
+
+
+class BoundedDecay(SoftplusDecay):
+    """Log-decay `bound sigmoid(exp(A_log) (x + dt_bias))`, never below `bound`; A starts at one."""
+
+    def __init__(self, heads: int, channels: int, bound: float):
+        self.bound = bound
+        super().__init__(heads, channels)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        init.zeros_(self.A_log)
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = split_heads(wide(x) + wide(self.dt_bias), self.heads)
+        return self.bound * torch.sigmoid(wide(self.A_log).exp().unsqueeze(-1) * step)
 
 
 class KDAMixer(Mixer):
@@ -62,7 +82,8 @@ class KDAMixer(Mixer):
         self.conv = ShortConv(2 * keys + values, config.conv_kernel) if config.conv_kernel else None
         self.beta_proj = nn.Linear(width, self.heads, bias=False)
         self.decay_proj = LowRank(width, self.values, keys, bias=False)
-        self.decay = SoftplusDecay(self.heads, self.keys)
+        bound = config.decay_bound
+        self.decay = SoftplusDecay(self.heads, self.keys) if bound is None else BoundedDecay(self.heads, self.keys, bound)
         self.gate_proj = LowRank(width, self.values, values, bias=config.gate_bias)
         self.norm = GatedNorm(self.values, eps=config.norm_eps, activation="sigmoid")
         self.out_proj = nn.Linear(values, width, bias=False)
@@ -95,7 +116,14 @@ def read_kda(foreign: dict) -> dict:
     """Our fields of a KDA in flash-linear-attention, whose output gate has a bias."""
     if foreign["num_v_heads"] not in (None, foreign["num_heads"]):
         raise ValueError(f"a kda with num_v_heads={foreign['num_v_heads']} beside num_heads={foreign['num_heads']} is not supported")
+    if foreign["safe_gate"] and foreign["lower_bound"] is None:
+        raise ValueError("a kda with safe_gate=True has no lower_bound; give it one, -5 is usual")
     return {"gate_bias": True} | read_convolution(foreign)
+
+
+def write_kda(config: KDAConfig) -> dict:
+    """The inverse; `safe_gate` chooses kernels for bounds that they can take."""
+    return {"safe_gate": config.decay_bound is not None and config.decay_bound >= -5} | write_convolution(config)
 
 
 LAYOUTS = (
@@ -114,15 +142,19 @@ LAYOUTS = (
         ),
         same={
             "num_heads": "num_heads", "head_dim": "head_dim", "value_ratio": "expand_v",
-            "allow_negative_eigenvalues": "allow_neg_eigval",
+            "allow_negative_eigenvalues": "allow_neg_eigval", "decay_bound": "lower_bound",
         },
-        defaults={"num_heads": 16, "num_v_heads": None, "head_dim": 128, "expand_v": 1.0, "allow_neg_eigval": False} | CONVOLUTION,
-        only={"safe_gate": (False,), "lower_bound": (None,), "share_conv_kernel": (False,)},
+        defaults={
+            "num_heads": 16, "num_v_heads": None, "head_dim": 128, "expand_v": 1.0, "allow_neg_eigval": False, "safe_gate": False,
+            "lower_bound": None,
+        } | CONVOLUTION,
+        only={"share_conv_kernel": (False,)},
         read=read_kda,
-        write=write_convolution,
+        write=write_kda,
         trials={
             "wide": {"num_heads": 2, "head_dim": 8, "expand_v": 1.5},
             "unconvolved": {"num_heads": 4, "head_dim": 8, "use_short_conv": False},
+            "bounded": {"num_heads": 2, "head_dim": 8, "safe_gate": True, "lower_bound": -5.0},
         },
     ),
 )  # fmt: skip

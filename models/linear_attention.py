@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
@@ -21,37 +22,26 @@ from zoo.fla import GATED_MLP, SHELL, fla_layout, layer
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import RMSNorm, merge_heads, split_heads, wide
-from zoo.mixer import Mixer, State, Traits
+from zoo.layers import RMSNorm, merge_heads, projected_sizes, split_heads, wide
+from zoo.mixer import Layer, Mixer, State, Traits
 from zoo.registry import register
+
+ROLLS = 4  # nu of dpfp
+
+
+def rectified_products(x: Tensor) -> Tensor:
+    """`[B, T, H, K] -> [B, T, H, 2 K ROLLS]`: products of `r = relu([x, -x])` with r rolled by 1, 2, ... (DPFP, arXiv:2102.11174)."""
+    r = F.relu(torch.cat([x, -x], dim=-1))
+    return torch.cat([r * r.roll(shift, dims=-1) for shift in range(1, ROLLS + 1)], dim=-1)
+
 
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": lambda x: F.elu(x) + 1,
     "relu": F.relu,
     "softmax": lambda x: wide(x).softmax(-1).to(x.dtype),  # Efficient Attention, arXiv:1812.01243, section 3.2
+    "dpfp": rectified_products,
     "identity": lambda x: x,
 }
-LEARNED = "product"
-
-
-@strict
-class LinearAttentionConfig(ZooConfig):
-    """The feature map, and whether the weights sum to one."""
-
-    model_type = "zoo_linear_attention"
-
-    num_heads: int = 16
-    feature_map: str = "elu"  # phi: elu (elu(x) + 1), relu, softmax (over a head's channels), identity, or product (learned)
-    normalize: bool = True  # divide by the sum of weights
-    bias: bool = False  # biases of the four projections
-    output_norm: bool = False  # an RMSNorm over each head of the output
-
-    def validate_feature_map(self):
-        """The feature map must be known, and non-negative if its products are to be weights."""
-        if self.feature_map not in (known := (*FEATURE_MAPS, LEARNED)):
-            raise ValueError(f"LinearAttentionConfig: feature_map {self.feature_map!r} is unknown; choose one of {', '.join(known)}")
-        if self.feature_map in ("identity", LEARNED) and self.normalize:
-            raise ValueError(f"LinearAttentionConfig: feature_map {self.feature_map!r} gives weights of either sign; set normalize=False")
 
 
 class ProductFeatures(nn.Module):
@@ -66,35 +56,103 @@ class ProductFeatures(nn.Module):
         return self.first(x) * self.second(x)
 
 
+class ReluFeatures(nn.Module):
+    """`relu(W x)`, the same for all heads (T2R, arXiv:2103.13076)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layer = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.layer(x))
+
+
+class SoftmaxFeatures(Layer):
+    """`[B, T, H, K] -> [B, T, H, 2 K]`, `softmax([2 y, -2 y])` with an affine y, the same for all heads: Hedgehog's map
+    (arXiv:2402.04347) with one sum over both halves. W starts as the identity."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layer = nn.Linear(channels, channels)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        init.copy_(self.layer.weight, torch.eye(len(self.layer.weight)))
+        init.zeros_(self.layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = 2 * wide(self.layer(x))
+        return torch.cat([y, -y], dim=-1).softmax(-1).to(x.dtype)
+
+
+LEARNED = {"product": ProductFeatures, "linear_relu": ReluFeatures, "paired_softmax": SoftmaxFeatures}
+FEATURES_PER_CHANNEL = {"paired_softmax": 2, "dpfp": 2 * ROLLS}  # 1 of the others
+
+
+@strict
+class LinearAttentionConfig(ZooConfig):
+    """The feature map, and whether the weights sum to one."""
+
+    model_type = "zoo_linear_attention"
+
+    num_heads: int = 16  # H
+    num_kv_heads: int | None = None  # G, each shared by H / G query heads; None: one for each
+    key_ratio: float = 1.0  # K = D * key_ratio / H
+    value_ratio: float = 1.0  # V = D * value_ratio / H
+    feature_map: str = "elu"  # phi: elu (elu(x) + 1), relu, softmax (over a head's channels), dpfp, identity, or one of `LEARNED`
+    normalize: bool = True  # divide by the sum of weights
+    bias: bool = False  # biases of the four projections
+    output_norm: bool = False  # an RMSNorm over each head of the output
+
+    def validate_heads(self):
+        """Heads must divide evenly."""
+        projected_sizes(self)
+
+    def validate_feature_map(self):
+        """The feature map must be known, and non-negative if its products are to be weights."""
+        if self.feature_map not in (known := (*FEATURE_MAPS, *LEARNED)):
+            raise ValueError(f"LinearAttentionConfig: feature_map {self.feature_map!r} is unknown; choose one of {', '.join(known)}")
+        if self.feature_map in ("identity", "product") and self.normalize:
+            raise ValueError(f"LinearAttentionConfig: feature_map {self.feature_map!r} gives weights of either sign; set normalize=False")
+
+
 class LinearAttentionMixer(Mixer):
-    """State: `memory` `[B, H, K, V + 1]`, the last channel being z (`[B, H, K, V]` without the normaliser). None if not causal."""
+    """State: `memory` `[B, H, F, V + 1]`, F features of a key, the last channel being z (`[B, H, F, V]` without the normaliser).
+    None if not causal."""
 
     traits = Traits(bidirectional=True)
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     def __init__(self, config: LinearAttentionConfig, layer: int):
         super().__init__(config, layer)
-        width, self.heads, self.causal = config.hidden_size, config.num_heads, config.causal
-        self.keys, self.normalize, self.feature_map = config.divide("hidden_size", "num_heads"), config.normalize, config.feature_map
-        learned = config.feature_map == LEARNED
-        self.q_features = ProductFeatures(self.keys) if learned else None
-        self.k_features = ProductFeatures(self.keys) if learned else None
-        self.q_proj = nn.Linear(width, width, bias=config.bias)
-        self.k_proj = nn.Linear(width, width, bias=config.bias)
-        self.v_proj = nn.Linear(width, width, bias=config.bias)
-        self.norm = RMSNorm(self.keys, config.norm_eps) if config.output_norm else nn.Identity()
-        self.out_proj = nn.Linear(width, width, bias=config.bias)
+        width, self.heads, self.groups = config.hidden_size, config.num_heads, config.num_kv_heads or config.num_heads
+        self.causal, self.normalize, self.feature_map = config.causal, config.normalize, config.feature_map
+        q, k, v = projected_sizes(config)
+        keys, self.values = q // self.heads, v // self.groups
+        self.features = keys * FEATURES_PER_CHANNEL.get(config.feature_map, 1)
+        learned = LEARNED.get(config.feature_map)
+        self.q_features = learned(keys) if learned else None
+        self.k_features = learned(keys) if learned else None
+        self.q_proj = nn.Linear(width, q, bias=config.bias)
+        self.k_proj = nn.Linear(width, k, bias=config.bias)
+        self.v_proj = nn.Linear(width, v, bias=config.bias)
+        self.norm = RMSNorm(self.values, config.norm_eps) if config.output_norm else nn.Identity()
+        self.out_proj = nn.Linear(self.heads * self.values, width, bias=config.bias)
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         if not self.causal:
             return {}
-        return {"memory": torch.zeros(batch, self.heads, self.keys, self.keys + self.normalize, dtype=accumulator(dtype), device=device)}
+        channels = self.values + self.normalize
+        return {"memory": torch.zeros(batch, self.heads, self.features, channels, dtype=accumulator(dtype), device=device)}
 
     def operator_flops(self, length: int) -> int:
-        return flops(length, self.heads, self.keys, self.keys + self.normalize)
+        pairs = ((self.q_features, self.heads), (self.k_features, self.groups)) if self.q_features is not None else ()
+        maps = sum((heads - 1) * m.weight.numel() for side, heads in pairs for m in side.modules() if isinstance(m, nn.Linear))
+        return 2 * length * maps + flops(length, self.heads, self.features, self.values + self.normalize)  # a map is used per head
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q = split_heads(self.q_proj(x), self.heads)
+        k, v = (split_heads(p(x), self.groups) for p in (self.k_proj, self.v_proj))
         if self.q_features is None:
             q, k = FEATURE_MAPS[self.feature_map](q), FEATURE_MAPS[self.feature_map](k)
         else:
@@ -108,7 +166,7 @@ class LinearAttentionMixer(Mixer):
 def attend_all(q: Tensor, k: Tensor, v: Tensor, normalize: bool, packing: Packing | None = None) -> Tensor:
     """`q S / (q . z)` with S and z of the whole sequence: `[B, T, H, V]`, summed in float32; `q S / sqrt(K)` if not normalised."""
     dtype = v.dtype
-    q, k, v = wide(q), wide(k), wide(v)
+    q, k, v = wide(q), *(wide(t).repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
     if packing is not None:
         q, k, v = (packing.pad(t) for t in (q, k, v))
     out = torch.einsum("bthk,bhkv->bthv", q, torch.einsum("bthk,bthv->bhkv", k, v))
@@ -120,16 +178,16 @@ def attend_all(q: Tensor, k: Tensor, v: Tensor, normalize: bool, packing: Packin
     return (out if packing is None else packing.unpad(out)).to(dtype)
 
 
-MAPS = {"elementwise_product": LEARNED} | {name: name for name in ("elu", "relu", "identity")}  # theirs -> ours
+MAPS = {  # theirs -> ours
+    "elementwise_product": "product", "hedgehog": "paired_softmax", "t2r": "linear_relu",
+} | {name: name for name in ("elu", "relu", "dpfp", "identity")}  # fmt: skip
 
 
 def read_fla(foreign: dict) -> dict:
     """Further fields for a config of flash-linear-attention."""
-    name = MAPS.get(foreign["feature_map"])
-    if name is None or foreign["num_kv_heads"] not in (None, foreign["num_heads"]):
-        asked = {key: foreign[key] for key in ("feature_map", "num_heads", "num_kv_heads")}
-        raise ValueError(f"a linear_attn with {asked} is not supported, only feature_map {', '.join(MAPS)} and a key for each query head")
-    return {"feature_map": name, "output_norm": True}
+    if foreign["feature_map"] not in MAPS:
+        raise ValueError(f"a linear_attn with feature_map={foreign['feature_map']!r} is not supported, only {', '.join(MAPS)}")
+    return {"feature_map": MAPS[foreign["feature_map"]], "output_norm": True}
 
 
 FLA = fla_layout(
@@ -138,19 +196,28 @@ FLA = fla_layout(
     (
         layer("attn.{q,k,v,o}_proj.weight", "mixer.{q,k,v,out}_proj.weight"),
         layer("attn.feature_map_{q,k}.layer{1,2}.{weight,bias}", "mixer.{q,k}_features.{first,second}.{weight,bias}"),
+        layer("attn.feature_map_{q,k}.layer.{weight,bias}", "mixer.{q,k}_features.layer.{weight,bias}"),
         layer("attn.norm.weight", "mixer.norm.weight"),
         *GATED_MLP,
         *SHELL,
     ),
-    same={"num_heads": "num_heads", "normalize": "norm_feature_map"},
-    defaults={"num_heads": 4, "num_kv_heads": None, "feature_map": "elementwise_product", "norm_feature_map": False},
-    only={
-        "expand_k": (1.0,), "expand_v": (1.0,), "tie_feature_map_qk": (False,), "norm_q": (False,), "norm_k": (False,),
-        "elementwise_affine": (True,),
+    same={
+        "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "key_ratio": "expand_k", "value_ratio": "expand_v",
+        "normalize": "norm_feature_map",
     },
+    defaults={
+        "num_heads": 4, "num_kv_heads": None, "expand_k": 1.0, "expand_v": 1.0, "feature_map": "elementwise_product",
+        "norm_feature_map": False,
+    },
+    only={"tie_feature_map_qk": (False,), "norm_q": (False,), "norm_k": (False,), "elementwise_affine": (True,)},
     read=read_fla,
     write=lambda config: {"feature_map": {own: name for name, own in MAPS.items()}.get(config.feature_map)},
-    trials={"learned": {}, "elu": {"num_heads": 2, "feature_map": "elu", "norm_feature_map": True}},
+    trials={
+        "learned": {},
+        "elu": {"num_heads": 2, "feature_map": "elu", "norm_feature_map": True},
+        "grouped": {"num_heads": 4, "num_kv_heads": 2, "expand_k": 0.5, "feature_map": "hedgehog", "norm_feature_map": True},
+        "wide": {"num_heads": 2, "expand_v": 1.5, "feature_map": "t2r"},
+    },
 )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class TransformerConfig(ZooConfig):
     rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", "factor": ...}, keys as in transformers
     qkv_bias: bool = False
     out_bias: bool = False
-    qk_norm: bool = False  # an RMSNorm over each head of q and k, before rotation
+    qk_norm: bool | float = False  # an RMSNorm over each head of q and k, before rotation; a number: with this epsilon, not norm_eps
     window: int | None = None  # how many tokens are seen, the own included; None: all
     sinks: int = 0  # first tokens that stay visible outside the window
     softcap: float | None = None  # c tanh(logits / c) before the softmax
@@ -177,9 +177,8 @@ LAYOUTS = tuple(
 
 def read_fla(foreign: dict) -> dict:
     """Further fields for a config of flash-linear-attention, whose norms of queries and keys have an epsilon of their own."""
-    if foreign["qk_norm"] and foreign["norm_eps"] != 1e-5:
-        raise ValueError(f"a transformer with qk_norm is supported with norm_eps=1e-05 only, not {foreign['norm_eps']}")
-    return {"head_dim": foreign["hidden_size"] // foreign["num_heads"]}
+    epsilon = True if foreign["norm_eps"] == 1e-5 else 1e-5
+    return {"head_dim": foreign["hidden_size"] // foreign["num_heads"], "qk_norm": foreign["qk_norm"] and epsilon}
 
 
 FLA = fla_layout(
@@ -192,14 +191,15 @@ FLA = fla_layout(
         *SHELL,
     ),
     same={
-        "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "qkv_bias": "qkv_bias", "qk_norm": "qk_norm",
-        "window": "window_size", "rope_theta": "rope_theta",
+        "num_heads": "num_heads", "num_kv_heads": "num_kv_heads", "qkv_bias": "qkv_bias", "window": "window_size",
+        "rope_theta": "rope_theta",
     },
     defaults={
         "num_heads": 32, "num_kv_heads": None, "qkv_bias": False, "qk_norm": False, "window_size": None, "rope_theta": 10000.0,
     },
     only={"elementwise_affine": (True,)},
     read=read_fla,
+    write=lambda config: {"qk_norm": bool(config.qk_norm)},
 )  # fmt: skip
 
 

@@ -38,10 +38,15 @@ CASES = {
     "gated_deltanet": ("gated_deltanet", {"num_heads": 2, "num_v_heads": 4, "head_dim": 8, "conv_size": 3}),
     "gated_deltanet-plain": ("gated_deltanet", {"num_heads": 2, "head_dim": 6, "use_gate": False, "allow_neg_eigval": True}),
     "kda": ("kda", {"num_heads": 2, "head_dim": 8, "expand_v": 1.5}),
+    "kda-bounded": ("kda", {"num_heads": 2, "head_dim": 8, "expand_v": 1.0, "safe_gate": True, "lower_bound": -5.0}),
     "linear_attn": ("linear_attn", {"num_heads": 4}),
     "linear_attn-elu": ("linear_attn", {"num_heads": 2, "feature_map": "elu", "norm_feature_map": True}),
+    "linear_attn-hedgehog": ("linear_attn", {"num_heads": 4, "num_kv_heads": 2, "feature_map": "hedgehog", "norm_feature_map": True}),
+    "linear_attn-t2r": ("linear_attn", {"num_heads": 2, "feature_map": "t2r", "expand_k": 0.5, "expand_v": 1.5}),
+    "linear_attn-dpfp": ("linear_attn", {"num_heads": 4, "feature_map": "dpfp"}),
     "transformer": ("transformer", {"num_heads": 4, "num_kv_heads": 2, "window_size": 5, "qkv_bias": True}),
     "transformer-normed": ("transformer", {"num_heads": 2, "qk_norm": True, "rope_theta": 500.0, "tie_word_embeddings": True}),
+    "transformer-apart": ("transformer", {"num_heads": 2, "qk_norm": True, "norm_eps": 0.1}),
     "rwkv6": ("rwkv6", {"num_heads": 2, "expand_k": 1.0, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
     "rwkv6-narrow": ("rwkv6", {"num_heads": 4, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
     "rwkv6-wide": ("rwkv6", {"num_heads": 2, "expand_v": 1.5, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
@@ -141,11 +146,13 @@ def kda_keys(c: dict) -> dict:
 
 
 def linear_attn_keys(c: dict) -> dict:
-    channels, maps = D // c["num_heads"], {}
-    if "feature_map" not in c:
-        names = [f"feature_map_{side}.layer{i}" for side in "qk" for i in (1, 2)]
-        maps = {f"{name}.weight": (channels, channels) for name in names} | {f"{name}.bias": (channels,) for name in names}
-    return projections(q=(D, D), k=(D, D), v=(D, D), o=(D, D)) | {"norm.weight": (channels,)} | maps
+    keys, values, sharing = int(D * c.get("expand_k", 1.0)), int(D * c.get("expand_v", 1.0)), c["num_heads"] // groups_of(c)
+    channels, maps = keys // c["num_heads"], {}
+    layers = {None: ("layer1", "layer2"), "hedgehog": ("layer",), "t2r": ("layer",)}.get(c.get("feature_map"), ())
+    for name in (f"feature_map_{side}.{layer}" for side in "qk" for layer in layers):
+        maps |= {f"{name}.weight": (channels, channels)} | ({f"{name}.bias": (channels,)} if c.get("feature_map") != "t2r" else {})
+    shapes = projections(q=(keys, D), k=(keys // sharing, D), v=(values // sharing, D), o=(D, values))
+    return shapes | {"norm.weight": (values // c["num_heads"],)} | maps
 
 
 def transformer_keys(c: dict) -> dict:
@@ -332,11 +339,21 @@ def transformer(w: Weights, x, c: dict, index: int) -> torch.Tensor:
 
 
 def linear_attn(w: Weights, x, c: dict, index: int) -> torch.Tensor:
-    q, k, v = w.heads(x, c["num_heads"], "q_proj", "k_proj", "v_proj")
-    if "feature_map" in c:
-        q, k = F.elu(q) + 1, F.elu(k) + 1
-    else:
-        q, k = (w.linear(f"feature_map_{s}.layer1", z) * w.linear(f"feature_map_{s}.layer2", z) for s, z in (("q", q), ("k", k)))
+    def product(z, side):
+        return w.linear(f"feature_map_{side}.layer1", z) * w.linear(f"feature_map_{side}.layer2", z)
+
+    def hedgehog(z, side):
+        y = w.linear(f"feature_map_{side}.layer", z)
+        return torch.cat([2 * y, -2 * y], -1).softmax(-1)
+
+    def dpfp(z, side):
+        z = torch.cat([z, -z], -1).relu()
+        return torch.cat([z * torch.cat([z[..., -shift:], z[..., :-shift]], -1) for shift in (1, 2, 3, 4)], -1)
+
+    maps = {None: product, "hedgehog": hedgehog, "dpfp": dpfp, "elu": lambda z, side: F.elu(z) + 1}
+    phi = maps.get(c.get("feature_map"), lambda z, side: w.linear(f"feature_map_{side}.layer", z).relu())
+    q, k, v = shared_heads(w, x, c)
+    q, k = phi(q, "q"), phi(k, "k")
     o = recur(q, k, v, torch.ones_like(k))
     if c.get("norm_feature_map"):
         o = o / ((q * k.cumsum(1)).sum(-1, keepdim=True) * q.shape[-1] ** -0.5)
@@ -398,8 +415,10 @@ def gated_deltanet(w: Weights, x, c: dict, index: int) -> torch.Tensor:
 def kda(w: Weights, x, c: dict, index: int) -> torch.Tensor:
     heads = c["num_heads"]
     q, k, v, beta = delta_inputs(w, x, c, heads, heads)
-    step = F.softplus(w.linear("f_proj.1", w.linear("f_proj.0", x)) + w["dt_bias"]).unflatten(-1, (heads, -1))
-    o = rms(recur(q, k, v, (-w["A_log"].exp()[:, None] * step).exp(), beta), w["o_norm.weight"])
+    step = (w.linear("f_proj.1", w.linear("f_proj.0", x)) + w["dt_bias"]).unflatten(-1, (heads, -1))
+    rate, bound = w["A_log"].exp()[:, None], c.get("lower_bound")
+    log_decay = -rate * F.softplus(step) if bound is None else bound * torch.sigmoid(rate * step)
+    o = rms(recur(q, k, v, log_decay.exp(), beta), w["o_norm.weight"])
     return w.linear("o_proj", o.flatten(-2) * torch.sigmoid(w.linear("g_proj.1", w.linear("g_proj.0", x))))
 
 
@@ -612,8 +631,9 @@ def test_samba(tmp_path):
         ("kda", {"num_v_heads": 4}, "num_v_heads=4"),
         ("rwkv6", {"norm_first": False}, "rwkv6 with norm_first=False"),
         ("rwkv7", {"value_dim": 2 * D}, "value_dim=64"),
-        ("linear_attn", {"feature_map": "hedgehog"}, "feature_map"),
-        ("transformer-normed", {"norm_eps": 1e-6}, "norm_eps=1e-05 only"),
+        ("kda", {"safe_gate": True}, "safe_gate=True has no lower_bound"),
+        ("linear_attn", {"feature_map": "cosine"}, "linear_attn with feature_map='cosine'"),
+        ("linear_attn", {"tie_feature_map_qk": True}, "linear_attn with tie_feature_map_qk=True"),
         ("gla", {"hidden_act": "powlu"}, "hidden_act='powlu'"),
     ],
 )

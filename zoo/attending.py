@@ -76,14 +76,14 @@ class RotaryAttention(AttentionMixer):
     """Attention whose queries, keys and values are plain projections, queries and keys turned by their positions.
 
     Args: rope: arguments of `zoo.layers.rotary_table` after the positions; None: nothing turns; qk_norm: an RMSNorm over each
-        head of q and k, before they turn; inputs: width of what is read, None is D; the rest as in `AttentionMixer`.
+        head of q and k, before they turn, with an epsilon of its own where it is a number; inputs: width of what is read, None is D; the rest as in `AttentionMixer`.
     """
 
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     def __init__(
         self, config: ZooConfig, layer: int, *, heads: int, groups: int, keys: int, rope: tuple | None, qkv_bias: bool = False,
-        out_bias: bool = False, qk_norm: bool = False, inputs: int | None = None, **rule,
+        out_bias: bool = False, qk_norm: bool | float = False, inputs: int | None = None, **rule,
     ):  # fmt: skip
         super().__init__(config, layer, heads=heads, groups=groups, keys=keys, **rule)
         self.rope, inputs = rope, inputs or config.hidden_size
@@ -91,8 +91,9 @@ class RotaryAttention(AttentionMixer):
         self.k_proj = nn.Linear(inputs, groups * keys, bias=qkv_bias)
         self.v_proj = nn.Linear(inputs, groups * keys, bias=qkv_bias)
         self.out_proj = nn.Linear(heads * keys, config.hidden_size, bias=out_bias)
-        self.q_norm = RMSNorm(keys, config.norm_eps) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(keys, config.norm_eps) if qk_norm else nn.Identity()
+        eps = config.norm_eps if qk_norm is True else qk_norm
+        self.q_norm = RMSNorm(keys, eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(keys, eps) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
         return self.finish(self.q_proj(x), self.k_proj(x), self.v_proj(x), state, packing)
