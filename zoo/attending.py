@@ -76,7 +76,8 @@ class RotaryAttention(AttentionMixer):
     """Attention whose queries, keys and values are plain projections, queries and keys turned by their positions.
 
     Args: rope: arguments of `zoo.layers.rotary_table` after the positions; None: nothing turns; qk_norm: an RMSNorm over each
-        head of q and k, before they turn, with an epsilon of its own where it is a number; inputs: width of what is read, None is D; the rest as in `AttentionMixer`.
+        head of q and k, before they turn, a number being its epsilon; inputs: width of what is read, None is D; the rest as in
+        `AttentionMixer`.
     """
 
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
