@@ -41,6 +41,8 @@ setup(
         "transformers>=5.17,<6",
         "huggingface_hub",
         "httpx",
+        "numpy",
+        "pyyaml",
         "safetensors",
         "tokenizers",
         "einops",
@@ -49,9 +51,9 @@ setup(
     ],
     extras_require={
         "demo": ["gguf", "matplotlib"],
-        "train": ["peft", "datasets", "liger-kernel"],
+        "train": ["peft", "datasets", "matplotlib"],
         "eval": ["lm-eval"],
         "triton": ["triton"],
-        "dev": ["pytest", "pytest-xdist", "ruff", "gguf", "matplotlib", "numpy", "peft"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "gguf", "matplotlib", "peft"],
     },
 )

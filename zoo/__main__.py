@@ -10,6 +10,8 @@ COMMANDS = {  # name: (file of scripts/, what it does)
     "card": ("print_card", "an architecture's model card"),
     "generate": ("generate", "continue a text, answer a prompt, or chat"),
     "evaluate": ("evaluate_model", "perplexity by position, passkeys, needles, copying, tasks of lm-eval"),
+    "pretrain": ("pretrain", "train an architecture from random weights"),
+    "finetune": ("finetune", "train a model further: whole, in part, or with low-rank adapters"),
     "convert": ("convert", "turn a pretrained transformer into a hybrid of other mixers"),
     "bench": ("benchmark", "time operators, weigh loading"),
     "parity": ("parity", "prove checkpoint layouts against transformers"),
@@ -17,6 +19,7 @@ COMMANDS = {  # name: (file of scripts/, what it does)
 }
 EXAMPLES = """\
   zoo list delta
+  zoo pretrain --architecture gla-340m --tokenizer_name TOKENIZER --train_file texts.jsonl --bf16 --output_dir out
   zoo convert HuggingFaceTB/SmolLM2-135M-Instruct -o student --mixer gated_deltanet --keep 10
   zoo generate student --chat "What is a Python module?"
   zoo evaluate student --tasks perplexity passkey --length 1024 -o results"""

@@ -7,6 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from zoo.layers import wide
+
 LOGITS = 2**24  # held at once: 64 MiB of float32
 
 
@@ -30,7 +32,7 @@ def chunked_cross_entropy(
         count: what the sum is divided by; by default the number of labels.
 
     Returns:
-        a scalar in float32.
+        a scalar in float32, of float64 states in float64.
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=-100) if shift_labels is None else shift_labels
     states, targets = states.flatten(0, 1), targets.flatten().to(states.device)
@@ -46,4 +48,4 @@ def chunked_cross_entropy(
 
 
 def _sum(head: Callable[[Tensor], Tensor], states: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(states).float(), targets, ignore_index=-100, reduction="sum")
+    return F.cross_entropy(wide(head(states)), targets, ignore_index=-100, reduction="sum")

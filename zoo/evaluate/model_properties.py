@@ -186,6 +186,9 @@ def loss_is_cross_entropy(subject: Subject) -> None:
         expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
         assert_close(out.loss, expected, expected.double(), "loss")
         if subject.traits().causal:
+            alone = model(ids, labels=labels, skip_logits=True)
+            assert alone.logits is None
+            assert_close(alone.loss, out.loss, expected.double(), "loss without logits")
             count = (labels[:, 1:] != -100).sum()
             pairs = zip(ids.split(1), labels.split(1), strict=True)
             parts = sum(model(row, labels=targets, num_items_in_batch=count).loss for row, targets in pairs)
@@ -240,6 +243,21 @@ def runs_in_half_precision(subject: Subject) -> None:
     model = subject.model(dtype=torch.bfloat16, push=False)
     out = model(subject.tokens(2, LENGTH))
     assert out.logits.dtype == torch.bfloat16 and torch.isfinite(out.logits).all()
+
+
+@of_models
+def trains_in_mixed_precision(subject: Subject) -> None:
+    """Under autocast to bfloat16 the weights and their gradients stay in float32, and little is lost."""
+    model, ids = subject.model(push=False).train(), subject.tokens(2, LENGTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(ids, labels=ids)
+    out.loss.backward()
+    with torch.no_grad():
+        plain, exact = (subject.model(push=False, dtype=dtype)(ids).logits for dtype in (torch.bfloat16, torch.float64))
+    assert_close(out.logits.detach(), plain, exact, "logits under autocast")
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        assert gradient is None or (gradient.dtype == torch.float32 and torch.isfinite(gradient).all()), f"gradient of {name}"
 
 
 @of_models
