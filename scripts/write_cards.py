@@ -6,14 +6,14 @@ python scripts/write_cards.py --check      # change nothing, exit 1 if anything 
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 import torch
 
 import zoo
-from zoo.auto import model_class
+from zoo.catalogue import direction, human_bytes, insert, meta_model, paper_link, state_kind
+from zoo.evaluate.speed import state_bytes
 from zoo.registry import Architecture, get
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,55 +21,13 @@ BEGIN, END = "<!-- begin generated: make cards -->", "<!-- end generated -->"
 LENGTHS = (1024, 8192)
 
 
-def meta_model(config: zoo.ZooConfig) -> torch.nn.Module:
-    """The language model of a config, without memory for its weights."""
-    with torch.device("meta"):
-        return model_class(config)(config)
-
-
-def state_bytes(model: torch.nn.Module, length: int) -> int:
-    """Bytes of one sequence's state in all layers after `length` tokens, activations in bfloat16."""
-    states = (block.initial_state(1, length, torch.bfloat16, "meta") for block in model.base_model.layers)
-    return sum(t.numel() * t.element_size() for state in states for t in state.values())
-
-
-def human_bytes(count: int) -> str:
-    """`1536 -> '1.5 KiB'`."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.4g} {unit}"
-    return f"{count} B"
-
-
 def preset_row(entry: Architecture, preset: str) -> str:
     """One line of a card's table of presets."""
     config = zoo.build_config(f"{entry.name}-{preset}")
     model = meta_model(config)
     parameters = sum(p.numel() for p in model.parameters())
-    states = [human_bytes(state_bytes(model, length)) if config.causal else "none" for length in LENGTHS]
+    states = [human_bytes(state_bytes(model, length, torch.bfloat16)) if config.causal else "none" for length in LENGTHS]
     return f"| `{entry.name}-{preset}` | {config.num_hidden_layers} | {config.hidden_size} | {parameters:,} | {' | '.join(states)} |"
-
-
-def paper_link(paper: str) -> str:
-    """A link for `arXiv:<id>`, other references as they are."""
-    return re.sub(r"arXiv:(\d{4}\.\d{4,5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", paper)
-
-
-def direction(entry: Architecture) -> str:
-    """Which way the mixer may look."""
-    if entry.mixer is None:
-        return "as its layers"
-    ways = [name for name in ("causal", "bidirectional") if getattr(entry.mixer.traits, name)]
-    return " or ".join(ways)
-
-
-def state_kind(entry: Architecture) -> str:
-    """Whether the state grows with the sequence."""
-    if entry.mixer is None:
-        return "as its layers"
-    if not entry.mixer.traits.causal:
-        return "none"
-    return "constant" if entry.mixer.traits.constant_state else "grows"
 
 
 def card_section(entry: Architecture) -> str:
@@ -105,22 +63,12 @@ def catalogue_section() -> str:
     return "\n".join(rows)
 
 
-def insert(text: str, section: str) -> str:
-    """`text` with `section` between the markers; without markers they go below the first heading."""
-    block = f"{BEGIN}\n{section}\n{END}"
-    if BEGIN in text:
-        before, _, rest = text.partition(BEGIN)
-        return before + block + rest.partition(END)[2]
-    heading, _, rest = text.partition("\n")
-    return f"{heading}\n\n{block}\n\n{rest.lstrip()}"
-
-
 def render(path: Path) -> str:
     """What README.md or a card should say; a card that is not there yet starts with its name as heading."""
     if path.name == "README.md":
-        return insert(path.read_text(encoding="utf-8"), catalogue_section())
+        return insert(path.read_text(encoding="utf-8"), catalogue_section(), BEGIN, END)
     text = path.read_text(encoding="utf-8") if path.exists() else f"# {path.stem}\n"
-    return insert(text, card_section(get(path.stem)))
+    return insert(text, card_section(get(path.stem)), BEGIN, END)
 
 
 def main(arguments: list[str] | None = None) -> int:

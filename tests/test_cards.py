@@ -30,9 +30,10 @@ def test_catalogue_is_up_to_date():
 
 
 def test_insert_replaces_only_what_lies_between_the_markers():
-    first = write_cards.insert("# title\nprose\n", "old")
+    markers = (write_cards.BEGIN, write_cards.END)
+    first = write_cards.insert("# title\nprose\n", "old", *markers)
     assert first == f"# title\n\n{write_cards.BEGIN}\nold\n{write_cards.END}\n\nprose\n"
-    assert write_cards.insert(first, "new") == first.replace("old", "new")
+    assert write_cards.insert(first, "new", *markers) == first.replace("old", "new")
 
 
 def test_check_changes_nothing_and_tells(tmp_path, monkeypatch, capsys):

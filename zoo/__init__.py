@@ -22,9 +22,10 @@ __version__ = "0.1.0"
 
 load_all()
 
-from zoo.models import HybridConfig  # noqa: E402  (the catalogue is complete only now)
+from zoo import hub  # noqa: E402  (what stands on the catalogue, which is complete only now)
+from zoo.models import HybridConfig  # noqa: E402
 
 __all__ = [
     "HybridConfig", "Mixer", "State", "Traits", "WorldTokenizer", "ZooCache", "ZooConfig", "build_config", "from_config", "from_pretrained",
-    "layouts", "list_channel_mixers", "list_mixers", "list_models", "list_presets", "ops", "register", "register_channel_mixer",
+    "hub", "layouts", "list_channel_mixers", "list_mixers", "list_models", "list_presets", "ops", "register", "register_channel_mixer",
 ]  # fmt: skip

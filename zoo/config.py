@@ -100,6 +100,11 @@ class ZooConfig(PreTrainedConfig):
         if self.post_norm and (self.output_norms or self.parallel_residual):
             raise ValueError(f"{type(self).__name__}: post_norm goes with neither output_norms nor parallel_residual; choose one")
 
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoConfig"):
+        """Nothing to do: the code is installed. transformers calls this after `trust_remote_code=True`, and would from then on copy
+        source files beside every checkpoint that is saved."""
+
     def shared_fields(self) -> dict[str, Any]:
         """The fields of ZooConfig itself, which a hybrid hands to the configs of its layers."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(ZooConfig) if f.name in _SHARED}

@@ -54,6 +54,12 @@ class CheckpointMixin:
         if push_to_hub:
             raise ValueError("save first, then call model.push_to_hub(repo_id)")
 
+    def push_to_hub(self, repo_id: str, **kwargs):
+        """One commit with the model and its card on the Hub, as `zoo.hub.push`, which names the arguments. Returns its CommitInfo."""
+        import zoo  # what pushes stands above the core, and is there once the package is
+
+        return zoo.hub.push(self, repo_id, **kwargs).commit
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As transformers', but a missing, surplus or misshapen key is an error, except for another task's head.
