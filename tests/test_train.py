@@ -176,7 +176,7 @@ def test_a_beginning_is_added_where_the_tokenizer_adds_one(tokenizer):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{oops", r"a.jsonl:2: not JSON \(.* in column 2\); expected one object a line"),
+        ("{oops", r"a.jsonl:2: not JSON \(.*\); expected one object a line"),
         ('["text"]', r"a.jsonl:2: expected .* found list"),
         ('{"txt": "a"}', r"a.jsonl:2: expected .*found an object with \['txt'\]"),
         ('{"text": 3}', "a.jsonl:2: expected .* with texts as values"),
@@ -189,6 +189,13 @@ def test_a_beginning_is_added_where_the_tokenizer_adds_one(tokenizer):
 def test_malformed_records_are_named(tokenizer, tmp_path, line, message):
     with pytest.raises(ValueError, match=message):
         jsonl_rows(write(tmp_path / "a.jsonl", {"text": "fine"}, line), tokenizer)
+
+
+def test_bytes_that_are_no_text_are_named(tokenizer, tmp_path):
+    for name, message in (("a.txt", "a.txt is no text in UTF-8"), ("a.jsonl", "a.jsonl:1: not JSON")):
+        (tmp_path / name).write_bytes(b'{"text": "\xff"}\n')
+        with pytest.raises(ValueError, match=message):
+            jsonl_rows(str(tmp_path / name), tokenizer)
 
 
 def test_long_chats_can_be_left_out(tokenizer, tmp_path):
@@ -343,7 +350,7 @@ def test_recipe_finetunes(pretrained, tmp_path):
 def test_mixed_precision_keeps_the_weights_wide(pretrained, tmp_path):
     losses = []
     for flags in ((), ("--bf16", "True")):
-        trainer = tune(pretrained[0], tmp_path / str(len(flags)), "--merge", "False", *flags).trainer
+        trainer = tune(pretrained[0], tmp_path / str(len(flags)), "--merge", "False", *flags)
         assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert losses[0] != losses[1] and np.isfinite(losses).all()
@@ -356,12 +363,33 @@ def test_rows_of_one_document_compile_to_one_graph(tmp_path):
     torch._dynamo.reset()
 
 
+def test_adapters_with_dropout_resume_and_checkpoint_exactly(tmp_path):
+    settings = dict(use_cpu=True, max_steps=STEPS, per_device_train_batch_size=4, save_steps=100, learning_rate=1e-2)
+    found = []
+    for folder, stop, extra in (
+        ("whole", None, {}),
+        ("parts", 2, {}),
+        ("parts", None, {}),
+        ("cheap", None, {"gradient_checkpointing": True}),
+    ):
+        torch.manual_seed(0)
+        net, _ = add_lora(model(), (), r=4, dropout=0.1)
+        trainer = ZooTrainer(net, RunArguments(str(tmp_path / folder), **settings, **extra), rows())
+        if stop:
+            trainer.add_callback(StopAt(stop, trainer))
+        resumed = (tmp_path / "parts" / "checkpoint-2").is_dir() and folder == "parts"
+        trainer.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2") if resumed else None)
+        found.append(torch.cat([p.detach().flatten() for p in net.parameters() if p.requires_grad]))
+    whole, interrupted, resumed, cheap = found
+    assert not torch.equal(whole, interrupted) and torch.equal(whole, resumed) and torch.equal(whole, cheap)
+
+
 def test_parts_are_trained_alone(pretrained, tmp_path):
-    result = tune(pretrained[0], tmp_path, "--lora_r", "0", "--merge", "False", "--train_only", "*.mixer.*", "--freeze", "*.gate_proj.*")
+    trainer = tune(pretrained[0], tmp_path, "--lora_r", "0", "--merge", "False", "--train_only", "*.mixer.*", "--freeze", "*.gate_proj.*")
     before, after = zoo.from_pretrained(pretrained[0]).state_dict(), zoo.from_pretrained(tmp_path).state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(".mixer." in name and ".gate_proj." not in name for name in changed)
-    assert result.trainer.state.global_step == 2
+    assert trainer.state.global_step == 2
 
 
 def test_a_signal_saves_a_checkpoint_and_resuming_needs_the_same_run(tmp_path):
@@ -472,7 +500,7 @@ def test_files_are_checked(tmp_path, tokenizer):
     evaluated = RunArguments(str(tmp_path / "out"), use_cpu=True, max_steps=1, eval_strategy="steps")
     with pytest.raises(ValueError, match="needs text to evaluate on; name --validation_file"):
         pretrain(evaluated, DataArguments(train_file=[tokens]), new, say=lambda line: None)
-    assert pretrain(args, DataArguments(train_file=[tokens]), new, say=lambda line: None).trainer.state.global_step == 1
+    assert pretrain(args, DataArguments(train_file=[tokens]), new, say=lambda line: None).state.global_step == 1
 
 
 def test_datasets_are_read_like_lines(monkeypatch, tmp_path):

@@ -12,11 +12,11 @@ from zoo.train.arguments import DataArguments, FinetuneArguments, PretrainArgume
 from zoo.train.data import Rows, collate, documents, text_rows, token_rows
 from zoo.train.display import Display
 from zoo.train.meter import Meter, forward_flops
-from zoo.train.run import Result, byte_tokenizer, finetune, pretrain, train
+from zoo.train.run import byte_tokenizer, finetune, pretrain, train
 from zoo.train.trainer import ZooTrainer
 
 __all__ = [
-    "Coverage", "DataArguments", "Display", "FinetuneArguments", "Meter", "PretrainArguments", "Result", "Rows", "RunArguments",
+    "Coverage", "DataArguments", "Display", "FinetuneArguments", "Meter", "PretrainArguments", "Rows", "RunArguments",
     "ZooTrainer", "add_lora",
     "byte_tokenizer", "choose_parameters", "collate", "documents", "finetune", "forward_flops", "lora_coverage", "parse",
     "pretrain", "text_rows", "token_rows", "train",

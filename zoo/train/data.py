@@ -53,11 +53,10 @@ class Rows(Dataset):
 
     def fingerprint(self) -> str:
         """Changes when the rows do: their places and at most 2^20 tokens, evenly spread."""
-        every = max(1, len(self.tokens) >> 20)
         digest = hashlib.sha256(repr((len(self.tokens), self.block_size, self.end, self.rows)).encode())
-        for part in (self.tokens, self.trained):
-            if part is not None:
-                digest.update(np.ascontiguousarray(part[::every]).tobytes())
+        for start in np.linspace(0, max(0, len(self.tokens) - 2**14), 64).astype(int):
+            for part in (self.tokens, self.trained):
+                digest.update(b"" if part is None else part[start : start + 2**14].tobytes())
         return digest.hexdigest()[:16]
 
     def describe(self) -> str:
@@ -86,18 +85,19 @@ def documents(path: Path, tokenizer) -> Iterator[tuple[str, str, list[Piece]]]:
     if not path.is_file():
         raise ValueError(f"{path} is no file; name .jsonl, .bin, .npy or text files")
     if path.suffix not in (".jsonl", ".json"):
-        yield str(path), "text", [(path.read_text(encoding="utf-8"), True)]
+        try:
+            yield str(path), "text", [(path.read_text(encoding="utf-8"), True)]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8: {error}") from error
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 where = f"{path}:{number}"
                 try:
                     record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(
-                        f"{where}: not JSON ({error.msg} in column {error.colno}); expected one object a line, {KINDS}"
-                    ) from error
+                except ValueError as error:
+                    raise ValueError(f"{where}: not JSON ({error}); expected one object a line, {KINDS}") from error
                 yield where, *pieces(record, where, tokenizer)
 
 

@@ -76,12 +76,18 @@ class Meter:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds, processes = time.perf_counter() - self.since, accelerator.num_processes
-        sums = torch.tensor(self.counted, device=accelerator.device)  # 24 bits are enough to tell rates and tokens
-        tokens, flops = accelerator.reduce(sums, "sum").tolist()
+        tokens, flops = add_up(accelerator, self.counted)
         self.tokens += int(tokens)
         self.start()
         found = {"tokens": self.tokens, "tokens_per_second": tokens / seconds, "tflops": flops / seconds / 1e12, "memory_gib": memory()}
         return found if peak is None else found | {"mfu": flops / seconds / (peak * processes)}
+
+
+def add_up(accelerator, numbers: list[float]) -> list[float]:
+    """Each number's sum over all processes."""
+    if accelerator.num_processes == 1:
+        return numbers
+    return accelerator.reduce(torch.tensor(numbers, dtype=torch.float64, device=accelerator.device), "sum").tolist()
 
 
 def memory() -> float:

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,29 +20,26 @@ from zoo.train.data import Rows, check_ids, documents, pieces, text_rows, token_
 from zoo.train.display import Display, draw, summary
 from zoo.train.trainer import ZooTrainer
 
-
-@dataclass
-class Result:
-    """What came of a run: its trainer, and whether it was interrupted before its last step."""
-
-    trainer: ZooTrainer
-    interrupted: bool
+Say = Callable[[str], None]  # gets a line at a time
 
 
-def pretrain(args: RunArguments, data: DataArguments, new: PretrainArguments, say: Callable[[str], None]) -> Result:
-    """Train an architecture from random weights; `say` gets a line at a time. See `train` for errors."""
+def pretrain(args: RunArguments, data: DataArguments, new: PretrainArguments, say: Say) -> ZooTrainer:
+    """Train an architecture from random weights; see `train`."""
     if new.architecture is None:
         raise ValueError("name what to train: --architecture gla-340m, say; zoo.list_presets() has them all")
     set_seed(args.seed)
     tokenizer = open_tokenizer(data, None)
-    fields = json.loads(new.model_args)
+    try:
+        fields = dict(json.loads(new.model_args))
+    except ValueError as error:
+        raise ValueError(f"--model_args {new.model_args} is no JSON object: {error}") from error
     if tokenizer is not None:
         fields = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id} | fields
     return train(args, data, from_config(new.architecture, task="causal_lm", **fields), tokenizer, say)
 
 
-def finetune(args: RunArguments, data: DataArguments, part: FinetuneArguments, say: Callable[[str], None]) -> Result:
-    """Train a model further, whole or in part, or adapters of it; `say` gets a line at a time. See `train` for errors."""
+def finetune(args: RunArguments, data: DataArguments, part: FinetuneArguments, say: Say) -> ZooTrainer:
+    """Train a model further, whole or in part, or adapters of it; see `train`."""
     if part.model_name_or_path is None:
         raise ValueError("name what to train further: --model_name_or_path, a folder or Hub id")
     if part.lora_r and (part.train_only or part.freeze):
@@ -55,15 +51,21 @@ def finetune(args: RunArguments, data: DataArguments, part: FinetuneArguments, s
     model = from_pretrained(part.model_name_or_path, task="causal_lm", dtype=torch.float32)  # bf16 computes from float32 masters
     if part.lora_r:
         model, coverage = add_lora(model, part.lora_target_modules, r=part.lora_r, alpha=part.lora_alpha, dropout=part.lora_dropout)
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        say(f"LoRA: {coverage}; {trained:,} parameters, {100 * trained / sum(p.numel() for p in model.parameters()):.2f}%")
+        if args.process_index == 0:
+            say(f"LoRA: {coverage}")
     else:
         choose_parameters(model, part.train_only, part.freeze)
     return train(args, data, model, tokenizer, say, merge=part.merge)
 
 
-def train(args: RunArguments, data: DataArguments, model: nn.Module, tokenizer, say: Callable[[str], None], merge: bool = False) -> Result:
+def train(args: RunArguments, data: DataArguments, model: nn.Module, tokenizer, say: Say, merge: bool = False) -> ZooTrainer:
     """Read the data, train, and leave in the output folder the model, its tokenizer, `losses.json` and `losses.png`.
+
+    Args:
+        merge: save the model with its adapters added to the weights, instead of the adapters.
+
+    Returns:
+        the trainer; `trainer.interrupted` tells whether there are steps left.
 
     Raises:
         ValueError: data, folder, checkpoint or model that do not fit; before any step is taken.
@@ -72,44 +74,32 @@ def train(args: RunArguments, data: DataArguments, model: nn.Module, tokenizer, 
     checkpoint = check_output(args)
     rows, held_out = read_data(data, tokenizer, model.config.vocab_size)
     if args.eval_strategy != "no" and held_out is None:
-        raise ValueError(f"eval_strategy={args.eval_strategy} needs text to evaluate on; name --validation_file")
+        raise ValueError(f"eval_strategy={args.eval_strategy.value} needs text to evaluate on; name --validation_file")
     trainer = ZooTrainer(model, args, rows, held_out, tokenizer, [Display(say)])
-    if not trainer.is_world_process_zero():
-
-        def say(line: str) -> None:
-            """Others stay silent."""
-
-    say(f"{type(model.get_base_model() if hasattr(model, 'peft_config') else model).__name__}: {count(model)}")
-    say(f"data: {rows.describe()}{'' if held_out is None else f'; held out: {held_out.describe()}'}")
-    start = time.monotonic()
+    if merge and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        raise ValueError("--merge needs the whole weights in one place, and they are in shards; merge the saved adapters afterwards")
+    first, start, folder = trainer.is_world_process_zero(), time.monotonic(), Path(args.output_dir)
+    if first:
+        total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+        say(f"{total:,} parameters, {trained:,} of them trained ({100 * trained / total:.3g}%)")
+        say(f"data: {rows.describe()}{'' if held_out is None else f'; held out: {held_out.describe()}'}")
     trainer.train(resume_from_checkpoint=checkpoint)
-    history, folder = trainer.state.log_history, Path(args.output_dir)
-    if trainer.is_world_process_zero():
-        (folder / "losses.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
-        if find_spec("matplotlib") is not None and any("loss" in entry for entry in history):
-            draw(history, folder / "losses.png")
-    if trainer.interrupted:
-        say(f"interrupted after step {trainer.state.global_step}; go on with --resume_from_checkpoint last")
-    else:
-        save(trainer, merge)
-        say(summary(history, time.monotonic() - start, args.output_dir))
-    return Result(trainer, trainer.interrupted)
-
-
-def save(trainer: ZooTrainer, merge: bool) -> None:
-    """The trained model and its tokenizer; of an adapted one the adapters, or with `merge` the whole model without them."""
-    if not merge:
+    if not trainer.interrupted and not merge:
         trainer.save_model()
-    elif trainer.is_world_process_zero():
-        merged = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
-        merged.save_pretrained(trainer.args.output_dir)
-    if trainer.processing_class is not None and trainer.is_world_process_zero():
-        trainer.processing_class.save_pretrained(trainer.args.output_dir)
-
-
-def count(model: nn.Module) -> str:
-    total, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
-    return f"{total:,} parameters" + ("" if trained == total else f", {trained:,} of them trained")
+    if first:
+        history = trainer.state.log_history
+        (folder / "losses.json").write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8")
+        if find_spec("matplotlib") is not None:
+            draw(history, folder / "losses.png")
+        if trainer.interrupted:
+            say(f"interrupted after step {trainer.state.global_step}; go on with --resume_from_checkpoint last")
+            return trainer
+        if merge:
+            trainer.accelerator.unwrap_model(trainer.model).merge_and_unload().save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        say(summary(history, time.monotonic() - start, args.output_dir))
+    return trainer
 
 
 # -- data ----------------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from zoo.train.arguments import RUN, RunArguments
 from zoo.train.data import IGNORE, Rows, collate, text_bytes
-from zoo.train.meter import Meter, peak_flops
+from zoo.train.meter import Meter, add_up, peak_flops
 
 
 class ZooTrainer(Trainer):
@@ -65,8 +65,7 @@ class ZooTrainer(Trainer):
                     "and resume from a checkpoint before it"
                 )
             logs |= self.meter.read(self.accelerator, self.peak)
-            stop = torch.tensor(float(self.interruption.raised), device=self.accelerator.device)
-            if self.accelerator.reduce(stop, "sum") > 0:  # every process stops at the same step
+            if any(add_up(self.accelerator, [float(self.interruption.raised)])):  # every process stops at the same step
                 self.interrupted = self.control.should_save = self.control.should_training_stop = True
         super().log(logs, start_time)
 
@@ -80,16 +79,17 @@ class ZooTrainer(Trainer):
         if rows is None:
             raise ValueError("nothing to evaluate on; name --validation_file")
         model = self._wrap_model(self.model, training=False) if not self.is_in_train else self.model_wrapped
-        was_training, sums = model.training, torch.zeros(3, dtype=torch.float64)
+        was_training, sums = model.training, [0.0, 0.0, 0.0]
         model.eval()
         with self.meter.paused():
             for samples in self._shares(rows):
                 batch = self._prepare_inputs(collate(samples))
                 with self.compute_loss_context_manager():
                     loss = model(**batch, skip_logits=True, use_cache=False, num_items_in_batch=1).loss
-                count = sum(int((sample["labels"] != IGNORE).sum()) for sample in samples)
-                sums += torch.tensor([loss.item(), count, text_bytes(samples, self.processing_class) if self.processing_class else 0])
-            nll, count, size = self.accelerator.reduce(sums.to(self.accelerator.device), "sum").tolist()
+                sums[0] += loss.item()
+                sums[1] += sum(int((sample["labels"] != IGNORE).sum()) for sample in samples)
+                sums[2] += text_bytes(samples, self.processing_class) if self.processing_class else 0
+            nll, count, size = add_up(self.accelerator, sums)
         model.train(was_training)
         metrics = {"loss": nll / count, "perplexity": math.exp(min(nll / count, 700))}
         metrics |= {"bits_per_byte": nll / math.log(2) / size} if size else {}
@@ -153,7 +153,7 @@ class Interruption(TrainerCallback):
             self.restore()
 
         try:
-            self.before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+            self.before = {number: signal.signal(number, note) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not in the main thread, where no signals arrive
             self.before = {}
 
