@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16, or as the checkpoint says (default)")
     parser.add_argument("--tokenizer", help="folder or Hub id of the tokenizer, where the model has none")
     parser.add_argument("--original", action="store_true", help="transformers' own class, also where the zoo has one")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()  # a prompt may come behind a flag
     if (args.prompt is not None) + (args.file is not None) > 1 or not (args.prompt is not None or args.file or args.chat):
         parser.error("give a prompt, or --file, or --chat")
     return args

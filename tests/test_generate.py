@@ -105,6 +105,9 @@ def test_the_command_streams_writes_files_and_talks(folders, tmp_path, capsys, m
     assert main(["generate", folders["zoo"], "Once", *short]) == 0
     assert capsys.readouterr().out == generate(model, tokenizer, ["Once"], max_new_tokens=6)[0] + "\n"
 
+    assert main(["generate", folders["zoo"], "--chat", "hi", "--system", "S", *short]) == 0
+    assert capsys.readouterr().out == generate(model, tokenizer, [chat], max_new_tokens=6)[0] + "\n"
+
     (tmp_path / "prompts").write_text("\n".join([*PROMPTS, ""]), encoding="utf-8")
     assert main(["generate", folders["zoo"], "--file", f"{tmp_path}/prompts", "-o", f"{tmp_path}/out", "--batch", "2", *short]) == 0
     lines = [json.loads(line) for line in (tmp_path / "out").read_text(encoding="utf-8").splitlines()]

@@ -20,9 +20,9 @@ KEYS = ("amber", "copper", "harbour", "lantern", "meadow", "orchard", "saddle", 
 PROBES = {
     "passkey": (
         "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. I will quiz you about the "
-        "important information there.",
-        " The pass key is {number}. Remember it. {number} is the pass key.",
-        " What is the pass key? The pass key is",
+        "important information there.\n",
+        "\nThe pass key is {number}. Remember it. {number} is the pass key.\n",
+        "\nWhat is the pass key? The pass key is",
     ),
     "needle": (
         "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the number "
