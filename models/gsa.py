@@ -15,13 +15,12 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo import ops
 from zoo.config import ZooConfig
 from zoo.fla import CONVOLUTION, GATED_MLP, SHELL, convolutions, fla_layout, layer, read_convolution, write_convolution
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import RMSNorm, ShortConv, convolve_together, merge_heads, projected_sizes, split_heads, wide
+from zoo.layers import RMSNorm, ShortConv, convolve_together, merge_heads, projected_sizes, slot_attention, split_heads, wide
 from zoo.mixer import Mixer, State
 from zoo.registry import register
 
@@ -95,16 +94,8 @@ class GSAMixer(Mixer):
         q, k, v = (split_heads(part, heads) for part, heads in zip(parts, (self.heads, self.groups, self.groups), strict=True))
         q, k, v = self.activation(self.features(q)), self.activation(self.features(k)), F.silu(v)
         log_decay = split_heads(F.logsigmoid(wide(self.slot_proj(x))) / self.temperature, self.groups)
-        written = -torch.expm1(log_decay).to(v.dtype)
-        log_decay = log_decay.repeat_interleave(self.heads // self.groups, dim=2)
-        slots = state["slot_keys"] if state else None
-        logits, after["slot_keys"] = ops.linear_attention(
-            q, k, written, value_log_decay=log_decay, scale=1.0, state=slots, packing=packing
-        )  # fmt: skip
-        weights = wide(logits).softmax(-1).to(v.dtype)
-        slots = state["slot_values"] if state else None
-        o, after["slot_values"] = ops.linear_attention(weights, written, v, log_decay, scale=1.0, state=slots, packing=packing)
-        return self.out_proj(self.norm(F.silu(merge_heads(o)))), after
+        o, slots = slot_attention(q, k, v, log_decay, state, packing)
+        return self.out_proj(self.norm(F.silu(merge_heads(o)))), after | slots
 
 
 MAPS = {"swish": "silu", "relu": "relu", "t2r": "learned"}  # theirs -> ours

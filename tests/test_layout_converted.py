@@ -33,6 +33,7 @@ CASES = {
     "liger_gla": ("liger_gla", {"rope_scaling": LLAMA3, "pool_size": 8}),
     "liger_gla-wide": ("liger_gla", {"head_dim": 12, "tie_word_embeddings": True}),
     "liger_hgrn2": ("liger_hgrn2", {}),
+    "liger_gsa": ("liger_gsa", {"pool_size": 4}),
     "liger_mistral_gla": ("liger_mistral_gla", {"sliding_window": 16}),
     "liger_qwen2_gla": ("liger_qwen2_gla", {}),
     "liger_qwen3_gla": ("liger_qwen3_gla", {"num_key_value_heads": 4, "head_dim": 8}),
@@ -48,9 +49,9 @@ CASES = {
 }  # fmt: skip
 CASES |= {"lolcats": ("lolcats", {"feature_map": "lolcats_hedgehog", "rope_scaling": LLAMA3})}
 CLASSES = {
-    "lolcats": "LolcatsModel",
-    "liger_gla": "LigerGLA", "liger_hgrn2": "LigerHGRN2", "liger_mistral_gla": "LigerMistralGLA", "liger_qwen2_gla": "LigerQwen2GLA",
-    "liger_qwen3_gla": "LigerQwen3GLA", "rwkv6qwen2": "RWKV6Qwen2", "rwkv7qwen2": "RWKV7Qwen2", "rwkv_hybrid": "RwkvHybrid",
+    "lolcats": "LolcatsModel", "liger_gla": "LigerGLA", "liger_gsa": "LigerGSA", "liger_hgrn2": "LigerHGRN2",
+    "liger_mistral_gla": "LigerMistralGLA", "liger_qwen2_gla": "LigerQwen2GLA", "liger_qwen3_gla": "LigerQwen3GLA",
+    "rwkv6qwen2": "RWKV6Qwen2", "rwkv7qwen2": "RWKV7Qwen2", "rwkv_hybrid": "RwkvHybrid",
 }  # fmt: skip
 UNSAID = {"rwkv_hybrid": ("num_attention_heads", "num_key_value_heads")}  # the teacher's heads, of which nothing is left
 every_case = pytest.mark.parametrize("case", CASES)
@@ -225,15 +226,29 @@ def before(x: torch.Tensor) -> torch.Tensor:
     return F.pad(x, (0, 0, 1, -1))
 
 
+def slots(q, k, v, keep) -> torch.Tensor:
+    """Softmax attention to slots, of whose keys and values `keep` `[B, T, H, M]` stays and the rest is replaced by the token's."""
+    keys, values, out = 0, 0, []
+    for t in range(q.shape[1]):
+        kept = keep[:, t, :, :, None]
+        keys, values = kept * keys + (1 - kept) * k[:, t, :, None], kept * values + (1 - kept) * v[:, t, :, None]
+        out.append(torch.einsum("bhm,bhmv->bhv", torch.einsum("bhk,bhmk->bhm", q[:, t], keys).softmax(-1), values))
+    return torch.stack(out, 1)
+
+
 def liger(w: Weights, x, c: dict, first) -> torch.Tensor:
     q, k, v = w.qkv(x, x, x, c)
     k, v = (z.repeat_interleave(H // c["num_key_value_heads"], 2) for z in (k, v))
     gate = torch.sigmoid(k)
-    written, decay = (1 - gate, gate) if c["model_type"] == "liger_hgrn2" else (k.softmax(-1), gate ** (1 / 16))
+    if c["model_type"] == "liger_gsa":
+        remembered = slots(q, k, v, torch.sigmoid(k.unflatten(-1, (c["pool_size"], -1)).mean(-1)) ** (1 / 16))
+    else:
+        written, decay = (1 - gate, gate) if c["model_type"] == "liger_hgrn2" else (k.softmax(-1), gate ** (1 / 16))
+        remembered = recur(q.softmax(-1), written, v, decay)
     age = torch.arange(x.shape[1])[:, None] - torch.arange(x.shape[1])
     scores = torch.einsum("bthk,bshk->bhts", turn(q, c), turn(k, c)) * q.shape[-1] ** -0.5
     window = torch.einsum("bhts,bshv->bthv", scores.masked_fill((age < 0) | (age > 64), -math.inf).softmax(-1), v)
-    return w.linear("o_proj", (window / 2 + recur(q.softmax(-1), written, v, decay) / 2).flatten(-2)), first
+    return w.linear("o_proj", (window / 2 + remembered / 2).flatten(-2)), first
 
 
 def closed(w: Weights, y, xg, eps: float, heads: int = H) -> torch.Tensor:
@@ -337,8 +352,9 @@ def lolcats_added(w: Weights, x, c: dict, first) -> torch.Tensor:
 
 MIXERS = {
     "lolcats": (lolcats_keys, lolcats), "llama": (lambda c: projections(c, False), lolcats_added),
-    "liger_gla": (liger_keys, liger), "liger_hgrn2": (liger_keys, liger), "liger_mistral_gla": (liger_keys, liger),
-    "liger_qwen2_gla": (liger_keys, liger), "liger_qwen3_gla": (liger_keys, liger), "rwkv6qwen2": (qrwkv6_keys, qrwkv6),
+    "liger_gla": (liger_keys, liger), "liger_gsa": (liger_keys, liger), "liger_hgrn2": (liger_keys, liger),
+    "liger_mistral_gla": (liger_keys, liger), "liger_qwen2_gla": (liger_keys, liger), "liger_qwen3_gla": (liger_keys, liger),
+    "rwkv6qwen2": (qrwkv6_keys, qrwkv6),
     "rwkv7qwen2": (qrwkv7_keys, qrwkv7), "rwkv_hybrid": (arwkv_keys, arwkv),
 }  # fmt: skip
 
@@ -446,7 +462,7 @@ def test_what_was_added_needs_its_base(pieces):
     _, _, _, _, folder = pieces
     with pytest.raises(ValueError, match=r"has no config.json; .* name that model with base="):
         zoo.from_pretrained(folder / "maps")
-    with pytest.raises(ValueError, match="checkpoints of the layout .llama. are whole"):
+    with pytest.raises(ValueError, match=r"checkpoints of the layout .llama. are whole"):
         zoo.from_pretrained(folder / "adapters", base=folder / "base")
 
 
@@ -462,7 +478,8 @@ def test_what_was_added_needs_its_base(pieces):
         ("arwkv", {"wkv_version": 6}, "rwkv_hybrid with wkv_version=6"),
         ("arwkv", {"wkv_layers": [0, 2]}, r"wkv_layers=\[0, 2\]"),
         ("lolcats", {"feature_map": "t2r"}, "lolcats with feature_map='t2r'"),
-        ("liger_gla", {"model_type": "liger_gsa"}, "no layout for checkpoints of model_type 'liger_gsa'"),
+        ("liger_gla", {"model_type": "liger_rwkv"}, "no layout for checkpoints of model_type 'liger_rwkv'"),
+        ("liger_gsa", {"pool_size": 5}, "liger_gsa with pool_size=5"),
     ],
 )
 def test_what_we_cannot_express_is_refused(checkpoint, case, changes, message):

@@ -331,6 +331,31 @@ def exponential_gates(
     return log_decay - log_decay.detach().clamp(min=0), log_write - log_write.detach().clamp(min=0), m, last
 
 
+def slot_attention(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: dict[str, Tensor] | None, packing: Packing | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Softmax attention to M slots, moving averages of keys and values (GSA, arXiv:2409.07146).
+
+    A slot keeps `alpha` of itself and takes up `1 - alpha` of the token, its key of k and its value of v. The first pass reads the
+    slots' keys, which decay where a linear attention has its values, the second the slots' values.
+
+    Args:
+        q: `[B, T, H, K]`; k: `[B, T, G, K]`; v: `[B, T, G, V]`, G dividing H.
+        log_decay: log alpha, `[B, T, G, M]`, in float32.
+        state: `slot_keys` `[B, H, K, M]` and `slot_values` `[B, H, M, V]`; None: nothing seen.
+
+    Returns:
+        `softmax(q . slot keys) slot values` `[B, T, H, V]` in q's dtype, and the new state. The softmax's logits are never rounded.
+    """
+    keys, values = (state["slot_keys"], state["slot_values"]) if state else (None, None)
+    taken = -torch.expm1(log_decay)
+    log_decay = log_decay.repeat_interleave(q.shape[2] // log_decay.shape[2], dim=2)
+    rule = {"scale": 1.0, "packing": packing}
+    logits, keys = ops.linear_attention(wide(q), wide(k), taken, value_log_decay=log_decay, state=keys, **rule)
+    o, values = ops.linear_attention(logits.softmax(-1).to(q.dtype), taken.to(q.dtype), v, log_decay, state=values, **rule)
+    return o, {"slot_keys": keys, "slot_values": values}
+
+
 def mlstm_cell(
     q: Tensor, k: Tensor, v: Tensor, log_forget: Tensor, log_input: Tensor, state: dict[str, Tensor] | None, packing: Packing | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
