@@ -1,6 +1,8 @@
 """Turn a transformer into a hybrid: `python scripts/convert.py TEACHER -o OUT --mixer gated_deltanet --keep 10`."""
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from transformers import AutoTokenizer
@@ -34,7 +36,8 @@ def main() -> None:
     path = prepare_teacher(args.teacher, Path(args.output) / "teacher")
     chosen = {name: getattr(args, name) for name in ("mixer", "keep", "window", "sinks", "steps", "length", "learning_rate")}
     texts = read_texts(args.text) if args.text else pydoc_topics()
-    outcome = run(load_teacher(path).to(args.device), AutoTokenizer.from_pretrained(path), texts, args.output, Recipe(**chosen), print)
+    teacher, tokenizer = load_teacher(path).to(args.device), AutoTokenizer.from_pretrained(path)
+    outcome = run(teacher, tokenizer, texts, args.output, Recipe(**chosen), print, f"zoo convert {shlex.join(sys.argv[1:])}")
     print(f"\n{table(outcome.rows)}\n\n{args.output} holds the student, {outcome.numbers.name} and {outcome.picture.name}.")
 
 

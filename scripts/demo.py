@@ -3,6 +3,7 @@
 import argparse
 import os
 import resource
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -39,7 +40,7 @@ def main() -> None:
     print(f"{path} loaded as a zoo transformer: logits equal transformers' own (largest difference {difference:.2g})")
 
     recipe = Recipe(mixer=args.mixer, keep=args.keep, steps=args.steps)
-    outcome = run(teacher, tokenizer, texts, Path(args.output) / "student", recipe, print)
+    outcome = run(teacher, tokenizer, texts, Path(args.output) / "student", recipe, print, shlex.join(["python", *sys.argv]))
     print(f"\n{table(outcome.rows)}\n")
     print(f"> {args.prompt}\n{complete(outcome.student, tokenizer, args.prompt)}\n")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB elsewhere

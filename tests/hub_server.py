@@ -61,6 +61,7 @@ class Repo:
     """Branches -> their commits, oldest first: (oid, title, tree)."""
 
     private: bool
+    gated: bool = False
     branches: dict[str, list[tuple[str, str, Tree]]] = field(default_factory=dict)
 
     def commit(self, branch: str, title: str, tree: Tree) -> str:
@@ -234,6 +235,8 @@ class Handler(BaseHTTPRequestHandler):
         user, repo, owner = self.user(), self.server.repos.get(repo_id), repo_id.partition("/")[0]
         if repo is None or (repo.private and (user is None or user[0] != owner)):
             raise Refusal(404 if user else 401, "Repository not found", "RepoNotFound")
+        if repo.gated and "/resolve/" in self.path and (user is None or user[0] != owner):
+            raise Refusal(403, "Access to this model is restricted", "GatedRepo")
         if writing:
             self.writer(owner)
         return repo_id

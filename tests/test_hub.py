@@ -13,6 +13,7 @@ import pytest
 import torch
 from hub_server import OWNER, READER, STRANGER, Fault, Hub
 from hub_trials import BEGIN, DOCUMENT, END, IDS, REPO, attempt, checkpoint, connected, contents, trials
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import zoo
@@ -185,6 +186,9 @@ def test_private_repositories_need_a_token(hub, folder, tmp_path):
             zoo.hub.pull(REPO, tmp_path / "pulled", token=token)
     assert not (tmp_path / "pulled").exists()
     assert torch.equal(logits(zoo.from_pretrained(REPO, token=READER)), logits(zoo.from_pretrained(folder)))
+    hub.repos[REPO].private, hub.repos[REPO].gated = False, True
+    with pytest.raises(HubError, match="ask for it"):
+        zoo.hub.pull(REPO, tmp_path / "pulled", token=STRANGER)
 
 
 def test_weights_of_another_version_do_not_stay(hub, folder, tmp_path):
@@ -203,8 +207,10 @@ def test_weights_of_another_version_do_not_stay(hub, folder, tmp_path):
 
 
 def test_the_card_says_what_it_is_and_what_was_measured(hub, folder):
-    rows = [{"model": "student", "perplexity": 12.34567, "state_bytes": {"1024": 2048}}]
+    rows = [{"model": "student", "perplexity": 12.34567, "state_bytes": {"1024": 2048}}, {"depth": 0.5, "found": True}]
     (folder / "report.json").write_text(json.dumps({"command": "python scripts/convert.py teacher -o student", "rows": rows}))
+    (folder / "report.png").write_bytes(b"picture")
+    (folder / "losses.json").write_text("[1.0]")
     zoo.hub.push(folder, REPO, license="apache-2.0", base_model="them/teacher", tags=["bytes"])
     card = text(hub, "README.md")
     for line in (
@@ -218,7 +224,9 @@ def test_the_card_says_what_it_is_and_what_was_measured(hub, folder):
         assert line in card.splitlines()
     parameters = sum(p.numel() for p in zoo.from_pretrained(folder).parameters())
     assert f"| parameters | {parameters:,} |" in card and "| layers | 2: 2 gla |" in card and "arXiv:2312.06635" in card
-    assert "    python scripts/convert.py teacher -o student" in card and "| student | 12.35 | 2048 |" in card.replace("2,048", "2048")
+    assert "    python scripts/convert.py teacher -o student" in card and "![](report.png)" in card and "losses.json" not in card
+    assert "| model | perplexity | state_bytes 1024 |\n|---|---|---|\n| student | 12.35 | 2,048 |\n" in card
+    assert "| depth | found |\n|---|---|\n| 0.5 | True |\n" in card
     assert f'AutoModelForCausalLM.from_pretrained("{REPO}")' in card
 
 
@@ -303,6 +311,7 @@ def test_a_push_that_is_refused_says_why_and_makes_nothing(hub, folder, repo_id,
     (lambda folder: (folder / "model-00002-of-00004.safetensors").unlink(), ["model-00002-of-00004.safetensors", "index"]),
     (lambda folder: (folder / "config.json").write_text('{"model_type": "zoo_unicorn"}'), ["zoo_unicorn", "registers"]),
     (lambda folder: (folder / "config.json").write_text('{"model_type": "unicorn"}'), ["unicorn"]),
+    (lambda folder: (folder / "report.json").write_text("{"), ["report.json", "not JSON"]),
 ])  # fmt: skip
 def test_half_a_checkpoint_is_not_pushed(hub, folder, spoil, words):
     spoil(folder)
@@ -312,6 +321,8 @@ def test_half_a_checkpoint_is_not_pushed(hub, folder, spoil, words):
     assert hub.repos == {}
     with pytest.raises(HubError, match="not a folder"):
         zoo.hub.push(folder / "nowhere", REPO)
+    with pytest.raises(HubError, match="is a file"):
+        zoo.hub.pull(REPO, folder / "generation_config.json")
 
 
 def test_a_name_without_an_owner_is_of_the_token(hub, folder, tmp_path):
@@ -341,6 +352,10 @@ def test_the_disk_says_no(hub, folder, tmp_path, number, words):
         assert not (tmp_path / "pulled").exists()
     with patch("zoo.saving.tempfile.mkdtemp", side_effect=refusal), pytest.raises(HubError, match=words):
         zoo.hub.push(zoo.from_pretrained(folder), REPO)
+    if number == errno.ENOSPC:
+        written = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        with patch("transformers.modeling_utils.safe_save_file", side_effect=written), pytest.raises(HubError, match=words):
+            zoo.hub.push(zoo.from_pretrained(folder), REPO)
     assert len(hub.repos[REPO].branches["main"]) == 2
 
 

@@ -69,6 +69,7 @@ def run(
     output: str | os.PathLike,
     recipe: Recipe,
     say: Callable[[str], None],
+    command: str = "",
 ) -> Outcome:
     """Convert, align, save, load back, measure.
 
@@ -77,6 +78,7 @@ def run(
         texts: documents to train on, documents held out.
         output: folder that takes the student, its tokenizer, `report.json` and `report.png`.
         say: called with a line for every stage.
+        command: that does this again, for `report.json`.
 
     Raises:
         ValueError: whatever does not fit, before any training; or the student loaded back is not the one saved.
@@ -104,7 +106,8 @@ def run(
     prompt = held.flatten()[None, : recipe.read]
     speeds = [generation_speed(model, prompt, recipe.write) for model in (teacher, student)]
     rows = report_rows(teacher, student, measured, *speeds)
-    facts = {"recipe": asdict(recipe), "kept": list(kept), "tokens_aligned": recipe.steps * recipe.length, "tokens_held_out": held.numel()}
+    facts = {"command": command} if command else {}
+    facts |= {"recipe": asdict(recipe), "kept": list(kept), "tokens_aligned": recipe.steps * recipe.length, "tokens_held_out": held.numel()}
     return Outcome(student, list(kept), rows, *write_report(rows, losses, facts, output))
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -88,17 +89,18 @@ def usage(repo_id: str, subject: Subject) -> str:
 
 
 def results(folder: Path) -> list[str]:
-    """A section for each JSON file of `folder` with `rows`, and for the `command` that wrote it, if it names one."""
+    """A section for each JSON file of `folder` with `rows`: the `command` that wrote it, tables, and the picture of the same name."""
     sections = []
     for path in sorted(folder.glob("*.json")):
         content = read_json(path)
-        if isinstance(content, dict) and isinstance(content.get("rows"), list) and content["rows"]:
+        rows = content.get("rows") if isinstance(content, dict) else None
+        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows) and rows:
             lines = [f"## Numbers in {path.name}"]
             lines += ["", f"    {content['command']}"] if "command" in content else []
-            rows = [flat(row) for row in content["rows"]]
-            head = list(dict.fromkeys(name for row in rows for name in row))
-            lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-            lines += [f"| {' | '.join(number(row.get(name, '')) for name in head)} |" for row in rows]
+            for head, group in groupby(map(flat, rows), key=tuple):  # a table for each kind of row
+                lines += ["", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+                lines += [f"| {' | '.join(map(number, row.values()))} |" for row in group]
+            lines += ["", f"![]({path.stem}.png)"] if path.with_suffix(".png").exists() else []
             sections.append("\n".join(lines))
     return sections
 

@@ -76,6 +76,8 @@ def reason(error: Exception, endpoint: str) -> str | None:
         return "HF_HUB_OFFLINE is set; unset it"
     if isinstance(error, hub.RevisionNotFoundError):
         return "it has no such revision; look at its branches and tags on the Hub"
+    if isinstance(error, hub.GatedRepoError):
+        return "its owner grants access one by one; ask for it on the repository's page, and pass the token of that account"
     if status == 401 or isinstance(error, hub.LocalTokenNotFoundError):
         return (
             f"the token is missing or not valid, or the repository is not there ({said}); make a token at {endpoint}/settings/tokens "

@@ -2,19 +2,22 @@
 
 import json
 from collections.abc import Collection
+from fnmatch import fnmatch
 from pathlib import Path
 
 from zoo.hub.errors import HubError
 from zoo.stored import read_index
 
 CODE = "modeling_zoo.py"
-SUFFIXES = (".safetensors", ".json", ".model", ".txt", ".tiktoken", ".jinja", ".md", ".png")
-STALE = ("model*.safetensors", "model*.safetensors.index.json")  # weights, which a push replaces as a whole
+SUFFIXES = (".json", ".model", ".txt", ".tiktoken", ".jinja", ".md", ".png")
+WEIGHTS = ("model*.safetensors", "model*.safetensors.index.json")  # those of other names are a second copy of the same
 
 
 def carried(name: str) -> bool:
     """Whether a file travels: weights in safetensors, configuration, tokenizer, card and numbers; not pickles, code or subfolders."""
-    return "/" not in name and not name.startswith(".") and (name.endswith(SUFFIXES) or name == CODE)
+    if "/" in name or name.startswith("."):
+        return False
+    return name == CODE or name.endswith(SUFFIXES) or any(fnmatch(name, pattern) for pattern in WEIGHTS)
 
 
 def check_weights(folder: Path, names: Collection[str]) -> None:

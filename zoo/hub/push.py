@@ -19,7 +19,7 @@ from zoo.auto import TASKS, from_pretrained
 from zoo.config import ZooConfig
 from zoo.hub.cards import Subject, render
 from zoo.hub.errors import HubError, explained, insist
-from zoo.hub.files import CODE, STALE, carried, check_weights, read_json
+from zoo.hub.files import CODE, WEIGHTS, carried, check_weights, read_json
 from zoo.layout import find_layout
 from zoo.registry import ARCHITECTURES, AUTO
 
@@ -129,7 +129,7 @@ def prepare(source, stage: Path, layout: str | None, tokenizer, max_shard_size: 
     if not any(stage.glob("*.safetensors")):
         raise HubError(f"the layout {layout!r} writes pickles, which are not pushed; choose another, or push without layout=")
     for name in names:  # tokenizer, numbers and card of the folder
-        if name not in left_out and not any(fnmatch(name, pattern) for pattern in STALE) and not (stage / name).exists():
+        if name not in left_out and not any(fnmatch(name, pattern) for pattern in WEIGHTS) and not (stage / name).exists():
             shutil.copy(folder / name, stage / name)
     return stage, left_out
 
@@ -193,7 +193,7 @@ def present(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo | None:
 def stale(there: ModelInfo | None, contents: Collection[str]) -> list[str]:
     """Weight files of the repository that are not among the new ones."""
     names = [file.rfilename for file in there.siblings] if there else []
-    return [name for name in names if name not in contents and any(fnmatch(name, pattern) for pattern in STALE)]
+    return [name for name in names if name not in contents and any(fnmatch(name, pattern) for pattern in WEIGHTS)]
 
 
 def written_card(api: HfApi, folder: Path, there: ModelInfo | None) -> str:
