@@ -13,13 +13,15 @@ COMMANDS = {  # name: (file of scripts/, what it does)
     "pretrain": ("pretrain", "train an architecture from random weights"),
     "finetune": ("finetune", "train a model further: whole, in part, or with low-rank adapters"),
     "convert": ("convert", "turn a pretrained transformer into a hybrid of other mixers"),
+    "push": ("push_to_hub", "put a checkpoint on the Hub, with its card"),
+    "pull": ("pull_from_hub", "fetch a checkpoint from the Hub into a folder"),
     "bench": ("benchmark", "time operators, weigh loading"),
     "parity": ("parity", "prove checkpoint layouts against transformers"),
     "conformance": ("conformance", "put architectures through the battery of properties"),
 }
 EXAMPLES = """\
   zoo list delta
-  zoo pretrain --architecture gla-340m --tokenizer_name TOKENIZER --train_file texts.jsonl --bf16 --output_dir out
+  zoo pretrain --architecture gla-tiny --dataset_name pydoc --tokenizer_name bytes --learning_rate 3e-3 --max_steps 400 --output_dir bytes
   zoo convert HuggingFaceTB/SmolLM2-135M-Instruct -o student --mixer gated_deltanet --keep 10
   zoo generate student --chat "What is a Python module?"
   zoo evaluate student --tasks perplexity passkey --length 1024 -o results"""
