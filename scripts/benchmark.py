@@ -1,23 +1,22 @@
-"""Time every operator, chunked against the definition, same inputs, one run, median of several; or weigh loading.
+"""Time operators and models, weigh loading.
 
-    python scripts/benchmark.py kernels [--ops NAME ...] [--length 8192] [--threads 2] [--device cpu] [--output FILE.json]
+python scripts/benchmark.py kernels               # on this CPU: every operator chunked, against its definition
+python scripts/benchmark.py gpu --warm            # every operator and backend against the other libraries that are installed
+python scripts/benchmark.py gpu --cases "decay by token" --peers fla --output results
+python scripts/benchmark.py train                 # tokens per second that models learn from, beside others of the same size
+python scripts/benchmark.py loading               # resident memory at its most while checkpoints are loaded
 
-Width 512 as 8 heads of 64 (16 states a channel for the selective scan), batch 1, float32, forward without gradients.
-
-    python scripts/benchmark.py loading [--size 1e9] [--output FILE.json]
-
-Resident memory at its most while checkpoints of random weights are loaded, in several shards and in the layouts `llama`, whose
-tensors only change their names, and `phi3`, whose tensors are split, and of a `llama` in another dtype than its own.
+`COMMAND --help` explains a command.
 """
 
 import argparse
 import dataclasses
-import json
+import os
 import platform
-import statistics
+import shlex
+import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import safetensors
@@ -25,108 +24,157 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from zoo.evaluate.loading import measure, random_checkpoint
+from zoo.evaluate.bench import report, throughput
+from zoo.evaluate.bench.backends import compare
+from zoo.evaluate.bench.case import chosen, lift_guard
+from zoo.evaluate.bench.measure import Clock, contenders, measure
+from zoo.evaluate.bench.warm import warm
+from zoo.evaluate.loading import measure as measure_loading
+from zoo.evaluate.loading import random_checkpoint
 from zoo.ops import OPS
 
-HEADS, KEYS, WIDTH, STATES = 8, 64, 512, 16
+DTYPES = ("bfloat16", "float16", "float32")
 
 
-def unit(x: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(x, dim=-1)
-
-
-def shapes(length: int, device: str) -> dict[str, tuple[str, dict]]:
-    """Row name -> (operator, arguments)."""
-
-    def heads():
-        return torch.randn(1, length, HEADS, KEYS, device=device)
-
-    def wide():
-        return torch.randn(1, length, WIDTH, device=device)
-
-    def decay(*shape):
-        return -torch.rand(*shape, device=device)
-
-    q, k, v, beta = heads(), unit(heads()), heads(), torch.rand(1, length, HEADS, device=device)
-    decays = {"none": None, "head": decay(HEADS), "token": decay(1, length, HEADS), "channel": decay(1, length, HEADS, KEYS)}
-    rows = {f"linear_attention, decay {n}": ("linear_attention", dict(q=q, k=k, v=v, log_decay=d)) for n, d in decays.items()}
-    rows |= {f"delta_rule, decay {n}": ("delta_rule", dict(q=q, k=k, v=v, beta=beta, log_decay=d)) for n, d in decays.items()}
-    a, b = -k, k * torch.rand(1, length, HEADS, 1, device=device)
-    rows["general_delta_rule"] = ("general_delta_rule", dict(q=q, k=k, v=v, a=a, b=b, log_decay=decays["channel"]))
-    phase = torch.randn(WIDTH, device=device)
-    rows["scan"] = ("scan", dict(x=wide(), log_decay=decay(1, length, WIDTH)))
-    rows["scan, complex"] = ("scan", dict(x=wide(), log_decay=torch.complex(decay(WIDTH), phase)))
-    selective = dict(x=wide(), dt=wide().abs(), A=-torch.rand(WIDTH, STATES, device=device) - 0.1)
-    rows["selective_scan"] = ("selective_scan", selective | {n: torch.randn(1, length, STATES, device=device) for n in "BC"})
-    rows["long_conv"] = ("long_conv", dict(u=wide(), kernel=torch.randn(length, WIDTH, device=device)))
-    rows["short_conv"] = ("short_conv", dict(x=wide(), weight=torch.randn(WIDTH, 4, device=device), activation="silu"))
-    rows["attention, window 512"] = ("attention", dict(q=q, k=k, v=v, window=512))
-    return rows
-
-
-def median_ms(run, seconds: float, device: str) -> float:
-    """Median wall time of at least three runs, after one that does not count."""
-    run()
-    times = []
-    started = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - started < seconds:
-        if device != "cpu":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        run()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - begin))
-    return statistics.median(times)
-
-
-def kernels(args: argparse.Namespace) -> dict:
+def kernels(args: argparse.Namespace) -> None:
+    """On this CPU: every operator chunked against its definition; width 512, batch 1, float32, forward."""
     torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    rows = {n: row for n, row in shapes(args.length, args.device).items() if not args.ops or row[0] in args.ops}
-    results = []
-    for name, (op, arguments) in tqdm(rows.items(), unit="row", leave=False):
-        row = {"row": name}
-        for backend in ("reference", "chunked"):
-            if backend == "chunked" or op != "long_conv":  # whose definition is a double loop
-                run = partial(OPS[op].call, **arguments, backend=backend)
-                with torch.no_grad():
-                    row[f"{backend}_ms"] = median_ms(run, args.seconds, args.device)
-        results.append(row)
-        times = [row.get("reference_ms", float("nan")), row["chunked_ms"]]
-        tqdm.write(f"{name:<32} reference {times[0]:>9.1f} ms   chunked {times[1]:>9.1f} ms {times[0] / times[1]:>7.1f}x")
-    host = {"machine": platform.machine(), "torch": torch.__version__, "threads": args.threads, "device": args.device}
-    command = f"python scripts/benchmark.py kernels --length {args.length} --threads {args.threads} --device {args.device}"
-    return {"command": command, "host": host, "rows": results}
+    rows = []
+    for row in compare(args.ops, args.length, Clock(args.device, args.seconds)):
+        rows.append(row)
+        times = row.get("reference_ms", float("nan")), row["chunked_ms"]
+        print(f"{row['row']:<32} reference {times[0]:>9.1f} ms   chunked {times[1]:>9.1f} ms {times[0] / times[1]:>7.1f}x", flush=True)
+    machine = {"machine": platform.machine(), "torch": torch.__version__, "threads": args.threads, "device": args.device}
+    save(args, {"command": command(), "host": machine, "rows": rows})
 
 
-def loading(args: argparse.Namespace) -> dict:
+def gpu(args: argparse.Namespace) -> None:
+    """Every operator and backend against the other libraries that are installed, if their results are right."""
+    started, dtype = time.monotonic(), getattr(torch, args.dtype)
+    sizes = {letter: int(size) for letter, _, size in (pair.partition("=") for pair in args.sizes)}
+    cases, cuda = chosen(args.cases, sizes), torch.device(args.device).type == "cuda"
+    backends = args.backends or (["fused", "chunked"] if cuda else ["chunked"])
+    peers = [] if args.peers == ["none"] else args.peers if args.peers or cuda else ["torch."]
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # empty, so that first calls are
+        if args.unguarded:
+            lift_guard()
+        firsts = {}
+        if args.warm:
+            for label, name, seconds, why in warm(cases, sizes, backends, peers, args.device, dtype, args.workers, args.unguarded):
+                firsts[label, name] = seconds
+                print(f"{label}: {name}, {why or f'first call {seconds:.2f} s'}", file=sys.stderr, flush=True)
+        clock = Clock(args.device, args.seconds)
+        facts = {"command": command(), "host": report.host(args.device), "bandwidth": clock.rate, "dtype": args.dtype, "warm": args.warm}
+        print(f"{', '.join(facts['host'].values())}: memory copied at {clock.rate / 1e9:,.0f} GB/s\n", flush=True)
+        tables, rows = [], []
+        for case in cases:
+            found = list(measure(case, contenders(case, backends, peers), clock, dtype, args.unguarded))
+            for row in found:
+                row.first = firsts.get((row.case, row.contender)) or row.first
+            tables.append(report.table(found))
+            rows += found
+            print(f"{tables[-1]}\n", flush=True)
+            if args.output:  # as far as it has come, should the time run out
+                text = report.page("Operators", facts, tables, report.opening(clock.rate, args.dtype, args.warm, args.unguarded))
+                report.write(args.output, "operators", facts, [row.asdict() for row in rows], text)
+        if args.output:
+            print(f"wrote {report.draw(report.bars(rows), 'ms, forward and backward', report.title(facts), args.output / 'operators.png')}")
+        print(f"{time.monotonic() - started:.0f} s")
+
+
+def train(args: argparse.Namespace) -> None:
+    """Tokens per second that models learn from: forward and backward, no optimizer, beside others of the same size."""
+    if args.unguarded:
+        lift_guard()
+    clock, rows = Clock(args.device, rate=1.0), []
+    settings = dict(batch=args.batch, length=args.length, dtype=getattr(torch, args.dtype), steps=args.steps)
+    facts = {"command": command(), "host": report.host(args.device), "checkpointing": args.checkpointing}
+    facts |= {name: value for name, value in settings.items() if name != "dtype"} | {"dtype": args.dtype}
+    for who in throughput.contenders(args.models, peers=clock.cuda and args.peers != ["none"]):
+        rows.append(throughput.throughput(who, clock, **settings, checkpointing=args.checkpointing))
+        clock.clean()
+        print(" | ".join(throughput.cells(rows[-1])), rows[-1].note, flush=True)
+    table = report.grid(throughput.HEADER, [throughput.cells(row) for row in rows])
+    notes = "\n".join(f"- {row.model}, {row.library}: {row.note}" for row in rows if row.note)
+    print(f"\n{table}\n{notes}")
+    if args.output:
+        report.write(
+            args.output, "training", facts, [dataclasses.asdict(row) for row in rows], report.page("Training", facts, [table, notes])
+        )
+        speeds = {row.model: {} for row in rows if row.tokens_per_second}
+        for row in rows:
+            if row.tokens_per_second:
+                speeds[row.model][row.library] = row.tokens_per_second
+        print(f"wrote {report.draw(speeds, 'tokens per second', report.title(facts), args.output / 'training.png')}")
+
+
+def loading(args: argparse.Namespace) -> None:
+    """Resident memory at its most while checkpoints of random weights are loaded, in several shards: `llama`, whose tensors only
+    change their names, also in another dtype, and `phi3`, whose tensors are split."""
     rows = []
     for kind, dtype in tqdm((("llama", "auto"), ("phi3", "auto"), ("llama", "float32")), unit="load", leave=False):
         with tempfile.TemporaryDirectory() as folder:
             random_checkpoint(Path(folder), kind, int(args.size))
-            result = measure(Path(folder), dtype)
+            result = measure_loading(Path(folder), dtype)
         rows.append({"layout": kind, "dtype": dtype} | dataclasses.asdict(result) | {"bound": result.bound})
         sizes = "   ".join(f"{name} {rows[-1][name] / 2**20:,.0f} MiB" for name in ("model", "shard", "peak", "bound"))
         tqdm.write(f"{kind:<8} {dtype:<8} {result.shards} shards   {sizes}   {'within' if result.peak < result.bound else 'TOO MUCH'}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "safetensors": safetensors.__version__}
-    return {"command": f"python scripts/benchmark.py loading --size {args.size:g}", "host": versions, "rows": rows}
+    save(args, {"command": command(), "host": versions, "rows": rows})
+
+
+def command() -> str:
+    """This one, as it was typed."""
+    return f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}"
+
+
+def save(args: argparse.Namespace, results: dict) -> None:
+    if args.output:
+        report.write_json(args.output, results)
+
+
+def parser() -> argparse.ArgumentParser:
+    whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = whole.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(run, output: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
+        one.set_defaults(run=run)
+        one.add_argument("-o", "--output", type=Path, help=output)
+        return one
+
+    kernel = add(kernels, "write the results here as JSON")
+    kernel.add_argument("--ops", nargs="*", choices=sorted(OPS), help="only these operators")
+    kernel.add_argument("--length", type=int, default=8192)
+    kernel.add_argument("--threads", type=int, default=2)
+    kernel.add_argument("--seconds", type=float, default=2.0, help="how long to repeat each measurement (default: 2)")
+    whole_gpu = add(gpu, "folder for operators.json, .md and .png")
+    whole_gpu.add_argument("--cases", nargs="*", default=[], help="only those whose label contains one of these")
+    whole_gpu.add_argument("--sizes", nargs="*", default=[], metavar="LETTER=SIZE", help="other sizes for all cases: B=1 T=512")
+    whole_gpu.add_argument("--backends", nargs="*", choices=["fused", "chunked", "reference"], help="(default: fused and chunked)")
+    whole_gpu.add_argument("--warm", action="store_true", help="compile first, everybody in parallel processes of their own")
+    whole_gpu.add_argument("--workers", type=int, default=8, help="how many such processes at once (default: 8)")
+    whole_gpu.add_argument("--seconds", type=float, default=0.1, help="how long to repeat each measurement (default: 0.1)")
+    training = add(train, "folder for training.json, .md and .png")
+    training.add_argument("--models", nargs="*", default=list(throughput.MODELS), help="presets of zoo.list_presets()")
+    training.add_argument("--batch", type=int, default=8)
+    training.add_argument("--length", type=int, default=2048)
+    training.add_argument("--steps", type=int, default=5, help="to take the median of (default: 5)")
+    training.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
+    for one in (whole_gpu, training):
+        one.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+        one.add_argument("--peers", nargs="*", help="other libraries' names, or none (default: all that are installed)")
+        one.add_argument("--unguarded", action="store_true", help="run what fla refuses to on this GPU, and time what is wrong too")
+    for one, device in ((kernel, "cpu"), (whole_gpu, "cuda"), (training, "cuda")):
+        one.add_argument("--device", default=device, help=f"(default: {device})")
+    add(loading, "write the results here as JSON").add_argument("--size", type=float, default=1e9, help="bytes of the checkpoint to load")
+    return whole
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["kernels", "loading"])
-    parser.add_argument("--ops", nargs="*", choices=sorted(OPS), help="only these operators")
-    parser.add_argument("--length", type=int, default=8192)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long to repeat each measurement")
-    parser.add_argument("--size", type=float, default=1e9, help="bytes of the checkpoint to load")
-    parser.add_argument("--output", type=Path, help="write the results here as JSON")
-    args = parser.parse_args()
-    results = kernels(args) if args.what == "kernels" else loading(args)
-    if args.output:
-        args.output.write_text(json.dumps(results, indent=1) + "\n")
+    args = parser().parse_args()
+    args.run(args)
 
 
 if __name__ == "__main__":

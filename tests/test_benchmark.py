@@ -1,0 +1,181 @@
+"""Benchmarks: every case runs, what is wrong has no time, and tables say what was measured."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import zoo
+from zoo.__main__ import main
+from zoo.evaluate.bench import measure as measuring
+from zoo.evaluate.bench import report, throughput
+from zoo.evaluate.bench.case import Case, Peer, all_cases, chosen
+from zoo.evaluate.bench.measure import Clock, Row, contenders, measure
+
+TINY = {"B": 1, "T": 32, "H": 2, "G": 1, "D": 8, "N": 3, "K": 8, "V": 8}
+CLOCK = Clock("cpu", seconds=0.0, rate=1e9)
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.label) for case in chosen([], TINY)])
+def test_every_case_is_measured(case, monkeypatch):
+    monkeypatch.setattr(measuring, "CALLS", 1)
+    for row in measure(case, contenders(case, ["chunked"], ["torch."]), CLOCK, torch.bfloat16):
+        assert (row.note, row.wrong) == ("", "")
+        assert min(row.forward, row.both, row.first, row.forward_floor) > 0 and row.both_floor > 2 * row.forward_floor
+        assert 0 < row.forward_error < 0.01 and 0 < row.gradient_error < 0.02
+        assert (row.host_forward is not None) == case.host
+
+
+def test_every_case_has_a_label_of_its_own():
+    labels = [case.label for case in all_cases()]
+    assert len(set(labels)) == len(labels)
+
+
+def test_a_backend_that_cannot_run_says_why():
+    (row,) = measure(*raced([], "fused"))
+    assert "Triton" in row.note and row.forward is row.both is None
+
+
+@pytest.mark.parametrize(
+    ("patterns", "sizes", "message"), [(["sort"], {}, "no case is called 'sort'"), ([], {"Z": 1}, "no case has a size 'Z'")]
+)
+def test_what_does_not_exist_is_named(patterns, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        chosen(patterns, sizes)
+
+
+class Misled(torch.autograd.Function):
+    """The identity, with a gradient twice too large."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Refused(Misled):
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("not on this device")
+
+
+def raced(peers: list, backend: str = "chunked"):
+    """Arguments of `measure`: a matrix memory against functions of its output."""
+    (found,) = [case for case in chosen(["no decay, B1"], TINY) if case.op == "linear_attention"]
+
+    def peer(name: str, change) -> Peer:
+        return Peer(name, lambda: lambda q, k, v: change(found.call("chunked", q=q, k=k, v=v)), lambda **inputs: tuple(inputs.values()))
+
+    given = tuple(peer(f"torch.{name}", change) for name, change in peers)
+    case = Case(found.op, found.name, found.sizes, found.draw, given)
+    return case, contenders(case, [backend]), CLOCK, torch.float32
+
+
+WRONG = [("right", lambda o: 1 * o), ("larger", lambda o: 1.1 * o), ("misled", Misled.apply), ("refused", Refused.apply)]
+
+
+def test_what_is_wrong_has_no_time():
+    ours, right, larger, misled, refused = measure(*raced(WRONG))
+    for row in (ours, right):
+        assert row.forward and row.both and not row.wrong
+    assert larger.forward is larger.both is larger.extra is None and "output: off by" in larger.wrong
+    assert misled.forward and misled.both is None and "gradient of q: off by" in misled.wrong
+    assert refused.forward and refused.both is None and "not on this device" in refused.wrong
+    text = report.table([ours, right, larger, misled, refused])
+    (line,) = (line for line in text.splitlines() if line.startswith("| torch.larger"))
+    assert [cell.strip() for cell in line.split("|")[2:6]] == ["", "", "", ""]
+    assert "- torch.larger: WRONG, output: off by" in text and "x / " in text
+
+
+def test_wrong_peers_are_timed_on_request_in_parentheses():
+    rows = list(measure(*raced(WRONG), keep_wrong=True))
+    larger, misled, refused = rows[2:]
+    assert larger.forward and larger.both and misled.both and refused.both is None
+    assert [cell[:1] for cell in report.cells(larger, rows)[1:3]] == ["(", "("]
+    assert [cell[:1] == "(" for cell in report.cells(misled, rows)[1:3]] == [False, True]
+
+
+def test_ours_is_never_timed_wrong():
+    case, _, clock, dtype = raced([])
+    wrong = Case(
+        case.op,
+        case.name,
+        case.sizes,
+        case.draw,
+        apply=lambda backend, **inputs: case.call(backend, **inputs) * (1 + 0.1 * (backend == "chunked")),
+    )
+    (row,) = measure(wrong, contenders(wrong, ["chunked"]), clock, dtype, keep_wrong=True)
+    assert "output: off by" in row.wrong and row.forward is row.both is None
+
+
+def test_tables():
+    rows = [
+        Row("scan, B1", "zoo fused", True, forward=1.0, both=2.0, forward_floor=0.5, both_floor=1.5, first=1.5, extra=2**21,
+            forward_error=1e-3, gradient_error=2e-3, host_forward=40.0, host_both=90.0),
+        Row("scan, B1", "zoo chunked", True, note="OutOfMemoryError: too large"),
+        Row("scan, B1", "one", False, forward=3.0, both=5.0),
+        Row("scan, B1", "two", False, forward=2.0, both=8.0),
+        Row("scan, B1", "other", False, anchor=True, forward=0.1, both=0.1),
+    ]  # fmt: skip
+    assert report.ratios(rows[0], rows) == (2.0, 2.5) and report.ratios(rows[2], rows) == (None, None)
+    assert report.cells(rows[0], rows) == ["zoo fused", "1.000", "2.000", "2.00x / 2.50x", "50% / 75%", "1.50", "2", "1.0e-03", "2.0e-03"]
+    lines = report.table(rows).splitlines()
+    assert lines[0] == "### scan, B1" and len({len(line) for line in lines[2:9]}) == 1
+    assert lines[-2:] == ["- zoo fused: the host spends 40 us on a call, 90 us with backward", "- zoo chunked: OutOfMemoryError: too large"]
+    assert report.bars(rows)["scan, B1"] == {"zoo fused": 2.0, "one": 5.0, "two": 8.0, "other": 0.1}
+
+
+def test_operators_are_benchmarked_by_command(tmp_path, capsys):
+    sizes = [f"{letter}={size}" for letter, size in TINY.items()]
+    line = [
+        "bench",
+        "gpu",
+        "--device",
+        "cpu",
+        "--seconds",
+        "0",
+        "--cases",
+        "linear_attention, decay by token",
+        "--warm",
+        "--workers",
+        "1",
+        "--sizes",
+        *sizes,
+    ]
+    assert main([*line, "--output", str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    results, text = json.loads((tmp_path / "operators.json").read_text()), (tmp_path / "operators.md").read_text()
+    assert "first call" in shown.err and shown.out.count("###") == text.count("###") == len({row["case"] for row in results["rows"]})
+    assert all(row["both"] and row["first"] for row in results["rows"]) and results["host"]["torch"] == torch.__version__
+    assert "--cases 'linear_attention, decay by token'" in results["command"] and results["command"] in text
+    assert (tmp_path / "operators.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_training_is_benchmarked_by_command(tmp_path, capsys):
+    line = ["bench", "train", "--device", "cpu", "--models", "gla-tiny", "mamba2-tiny", "--batch", "1", "--length", "16", "--steps", "1"]
+    assert main([*line, "--checkpointing", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert [row["library"] for row in rows] == ["zoo", "zoo", "transformers"] and capsys.readouterr().out.count("gla-tiny") >= 2
+    assert all(row["tokens_per_second"] > 0 and abs(row["loss"] - math.log(256)) < 0.5 and not row["note"] for row in rows)
+    assert 0.5 < rows[0]["parameters"] / rows[2]["parameters"] < 2
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_that_diverges_has_no_speed():
+    def broken() -> nn.Module:
+        model = zoo.from_config("gla-tiny")
+        nn.init.constant_(model.model.embed_tokens.weight, math.nan)
+        return model
+
+    row = throughput.throughput(throughput.Contender("broken", "zoo", broken, {}), CLOCK, 1, 8, torch.float32, steps=1)
+    assert row.tokens_per_second is None and row.note == "WRONG, the loss is nan"
+
+
+def test_chunked_is_compared_with_the_definition(capsys):
+    assert main(["bench", "kernels", "--length", "8", "--seconds", "0", "--threads", "1"]) == 0
+    assert capsys.readouterr().out.count(" ms ") >= 15

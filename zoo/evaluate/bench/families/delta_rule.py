@@ -1,0 +1,47 @@
+"""The delta rule: every kind of decay, and RWKV-7's transitions."""
+
+import torch
+from torch import Tensor
+
+from zoo.evaluate.bench.case import Case, Draw, fla
+from zoo.ops import OPS
+
+
+def plain(draw: Draw, B: int, T: int, H: int, K: int, V: int) -> dict[str, Tensor]:
+    """Keys of length one, as every model has them."""
+    inputs = {"q": draw.unit(B, T, H, K), "k": draw.unit(B, T, H, K), "v": draw.normal(B, T, H, V)}
+    return inputs | {"beta": draw.uniform(B, T, H)}
+
+
+def token(draw: Draw, B: int, T: int, H: int, **sizes: int) -> dict[str, Tensor]:
+    return plain(draw, B, T, H, **sizes) | {"log_decay": draw.forget(B, T, H, dtype=torch.float32)}
+
+
+def channel(draw: Draw, B: int, T: int, H: int, K: int, V: int) -> dict[str, Tensor]:
+    return plain(draw, B, T, H, K, V) | {"log_decay": draw.forget(B, T, H, K, temperature=16)}
+
+
+def general(draw: Draw, B: int, T: int, H: int, K: int, V: int) -> dict[str, Tensor]:
+    """RWKV-7's: what is read is what was written before, replaced at a rate of its own; decays between exp(-0.6065) and 1."""
+    key, rate = draw.unit(B, T, H, K), draw.uniform(B, T, H, K)
+    inputs = {"q": draw.normal(B, T, H, K), "k": draw.normal(B, T, H, K), "v": draw.normal(B, T, H, V)}
+    return inputs | {"a": -key, "b": key * rate, "log_decay": -0.6065 * draw.uniform(B, T, H, K)}
+
+
+def unscaled(backend: str, **inputs: Tensor) -> Tensor:
+    return OPS["general_delta_rule"].call(**inputs, scale=1.0, backend=backend)[0]
+
+
+DELTA = fla("chunk_delta_rule", lambda q, k, v, beta: (q, k, v, beta))
+GATED = fla("chunk_gated_delta_rule", lambda q, k, v, beta, log_decay: (q, k, v, log_decay, beta))
+KDA = fla("chunk_kda", lambda q, k, v, beta, log_decay: (q, k, v, log_decay, beta))
+RWKV7 = fla("chunk_rwkv7", lambda q, k, v, a, b, log_decay: (q, log_decay, k, v, a, b))
+HEADS = {"B": 4, "T": 8192, "H": 16, "K": 128, "V": 128}
+HALF = {"B": 4, "T": 8192, "H": 32, "K": 64, "V": 64}
+
+CASES = (
+    Case("delta_rule", "no decay", HEADS, plain, (DELTA,)),
+    Case("delta_rule", "decay by token", HEADS, token, (GATED,)),
+    Case("delta_rule", "decay by channel", HEADS, channel, (KDA,)),
+    Case("general_delta_rule", "RWKV-7", HALF, general, (RWKV7,), apply=unscaled),
+)

@@ -1,0 +1,161 @@
+"""Results as a table, as JSON and as a picture."""
+
+import json
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from zoo.evaluate.bench.measure import Row
+
+PACKAGES = ("torch", "triton", "transformers", "fla-core", "flash-linear-attention", "mamba-ssm", "mlstm-kernels")
+HEADER = (
+    "contender", "forward, ms", "and backward, ms", "against the best peer", "of the floor", "first call, s", "extra, MiB",
+    "error", "of gradients",
+)  # fmt: skip
+
+
+def host(device: str) -> dict[str, str]:
+    """Device and versions."""
+    cuda = torch.device(device).type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else platform.processor() or platform.machine()
+    found = {"device": name, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found | {"torch": torch.__version__}
+
+
+def best_peer(rows: Sequence[Row], what: str) -> float | None:
+    """The least time among other libraries that compute the same; wrong ones count where they were timed all the same."""
+    times = [getattr(row, what) for row in rows if not row.ours and not row.anchor and getattr(row, what) is not None]
+    return min(times, default=None)
+
+
+def ratios(row: Row, rows: Sequence[Row]) -> tuple[float | None, float | None]:
+    """How many times as fast as the best peer one of ours is, forward and with backward."""
+    pairs = [(getattr(row, what), best_peer(rows, what)) for what in ("forward", "both")]
+    return tuple(peer / own if row.ours and own and peer else None for own, peer in pairs)
+
+
+def cells(row: Row, rows: Sequence[Row]) -> list[str]:
+    """What the table says of a row of this case. What is wrong has no time, or one in parentheses if it was asked for."""
+
+    def number(value: float | None, pattern: str, factor: float = 1.0, doubtful: bool = False) -> str:
+        text = "" if value is None else format(factor * value, pattern)
+        return f"({text})" if text and doubtful else text
+
+    unread = bool(row.wrong) and not row.wrong.startswith("gradient")
+    shares = [floor / time if floor and time else None for floor, time in ((row.forward_floor, row.forward), (row.both_floor, row.both))]
+    pair = [f"{x:.2f}x" if x else "" for x in ratios(row, rows)]
+    return [
+        row.contender,
+        number(row.forward, ".3f", doubtful=unread),
+        number(row.both, ".3f", doubtful=bool(row.wrong)),
+        " / ".join(pair) if any(pair) else "",
+        " / ".join(number(x, ".0%") for x in shares) if any(shares) else "",
+        number(row.first, ".2f"),
+        number(row.extra, ",.0f", 2**-20),
+        number(row.forward_error, ".1e"),
+        number(row.gradient_error, ".1e"),
+    ]
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """What is wrong, what could not be done, and what a call costs the host, in words."""
+    lines = []
+    for row in rows:
+        if row.wrong:
+            lines.append(f"{row.contender}: WRONG, {row.wrong}")
+        if row.note:
+            lines.append(f"{row.contender}: {row.note}")
+        if row.host_forward is not None:
+            both = "" if row.host_both is None else f", {row.host_both:.0f} us with backward"
+            lines.append(f"{row.contender}: the host spends {row.host_forward:.0f} us on a call{both}")
+    return lines
+
+
+def grid(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """A markdown table, its columns aligned; the first is text, the others numbers."""
+    widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+    rule = [width * "-" if i == 0 else (width - 1) * "-" + ":" for i, width in enumerate(widths)]
+    lines = [[text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(r, widths, strict=True))] for r in (head, *body)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Of one case: heading, table, remarks."""
+    heading = f"### {rows[0].case}"
+    listed = "\n".join(f"- {line}" for line in remarks(rows))
+    return "\n\n".join(filter(None, [heading, grid(HEADER, [cells(row, rows) for row in rows]), listed]))
+
+
+def page(title: str, facts: dict, tables: Sequence[str], opening: str = "") -> str:
+    """All tables under what they were measured on."""
+    machine = ", ".join(f"{name} {value}" if name != "device" else value for name, value in facts["host"].items())
+    return "\n\n".join(filter(None, [f"# {title}", f"    {facts['command']}", f"{machine}.", opening, *tables])) + "\n"
+
+
+def opening(rate: float, dtype: str, warm: bool, unguarded: bool) -> str:
+    """What the columns of `table` mean."""
+    first = "in a process of its own, with an empty cache and beside others" if warm else "in this process, with an empty cache"
+    text = f"""Inputs in {dtype}, medians, one run. `of the floor`: the share of the time in which memory, copied at {rate / 1e9:,.0f} GB/s,
+could be read for every input and written for every output once, forward and with backward. `against the best peer`: its time over
+ours, likewise. `first call`: forward and backward {first}. `extra`: what forward and backward
+allocate at their most. `error`: relative, L2, against the definition in float64, of small inputs; what the rule of closeness does
+not allow has no time."""
+    return text + (" Other libraries' wrong results are timed all the same, in parentheses." if unguarded else "")
+
+
+def title(facts: dict) -> str:
+    return f"{facts['host']['device']}, {facts['dtype']}"
+
+
+def bars(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Case -> contender -> milliseconds, forward and backward."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.both is not None:
+            found.setdefault(row.case, {})[row.contender + (" (wrong)" if row.wrong else "")] = row.both
+    return found
+
+
+def write_json(path: Path, results: dict) -> None:
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def write(folder: Path, name: str, facts: dict, rows: Sequence[dict], text: str) -> None:
+    """`name`.json and `name`.md in the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{name}.json", facts | {"rows": list(rows)})
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+
+
+def draw(bars: dict[str, dict[str, float]], label: str, title: str, path: Path) -> Path:
+    """Group -> name -> value as horizontal bars; `label` names their unit. Needs matplotlib."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = list(dict.fromkeys(name for group in bars.values() for name in group))
+    count = sum(len(group) + 1 for group in bars.values())
+    figure = Figure(figsize=(10, 1.5 + 0.2 * count), layout="constrained")
+    axes, place, ticks, seen = figure.add_subplot(), 0.0, {}, set()
+    for group, values in bars.items():
+        ticks[group] = place + (len(values) - 1) / 2
+        for name, value in values.items():
+            color = f"C{names.index(name) % 10}"
+            axes.barh(place, value, color=color, label=None if name in seen else name)
+            axes.text(value, place, f" {value:.3g}", va="center", fontsize=6)
+            seen.add(name)
+            place += 1
+        place += 1
+    axes.set(title=title, xlabel=label, yticks=list(ticks.values()), yticklabels=list(ticks))
+    axes.tick_params(axis="y", labelsize=7)
+    axes.invert_yaxis()
+    axes.legend(fontsize=7)
+    FigureCanvasAgg(figure).print_png(path)
+    return path

@@ -1,0 +1,137 @@
+"""How many tokens per second models learn from, forward and backward, beside other libraries' models of the same size."""
+
+import importlib
+import importlib.util
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from zoo.auto import from_config
+from zoo.config import ZooConfig
+from zoo.evaluate.bench.measure import Clock, failure
+from zoo.registry import build_config, get
+
+MODELS = ("gla-1.3b", "retnet-1.3b", "mamba2-1.3b")
+
+
+@dataclass
+class Row:
+    """Of one model: seconds of the first step, median milliseconds of the others, bytes allocated at the most, weights included.
+
+    Without a time `note` says why; a loss that is not finite has none.
+    """
+
+    model: str
+    library: str
+    parameters: int = 0
+    first: float | None = None
+    step: float | None = None
+    tokens_per_second: float | None = None
+    peak: int | None = None
+    loss: float | None = None
+    note: str = ""
+
+
+class Contender(NamedTuple):
+    """A model to be built, and what its call is given beside tokens and labels, as its library's own trainer does."""
+
+    name: str
+    library: str
+    build: Callable[[], nn.Module]
+    arguments: dict
+
+
+def contenders(names: list[str], peers: bool) -> Iterator[Contender]:
+    """Ours; with `peers` also those of flash-linear-attention, if it is installed; and one Llama of the first one's size."""
+    configs = {name: build_config(name) for name in names}
+    for name, config in configs.items():
+        yield Contender(name, "zoo", lambda config=config: from_config(config), {"skip_logits": True})
+        if peers and importlib.util.find_spec("fla") is not None and fla_layout(config) is not None:
+            yield Contender(name, "fla", lambda config=config: fla_model(config), {})
+    llama = llama_config(next(iter(configs.values())))
+    build = lambda: LlamaForCausalLM._from_config(llama, attn_implementation="sdpa")  # noqa: E731
+    yield Contender(f"llama, {llama.num_hidden_layers} layers of {llama.hidden_size}, SDPA", "transformers", build, {})
+
+
+def fla_layout(config: ZooConfig):
+    """How flash-linear-attention lays this architecture out, if it has it."""
+    return next((layout for layout in get(config.name).layouts if layout.name.startswith("fla-")), None)
+
+
+def fla_model(config: ZooConfig) -> nn.Module:
+    """Its model of the same sizes."""
+    models, layout = importlib.import_module("fla.models"), fla_layout(config)
+    theirs = getattr(models, f"{layout.classes}Config")(**layout.config_back(config))
+    return getattr(models, f"{layout.classes}ForCausalLM")(theirs)
+
+
+def llama_config(config: ZooConfig) -> LlamaConfig:
+    """A Llama of the same width with as many layers as come nearest to the same number of parameters."""
+    width = config.hidden_size
+    sizes = dict(
+        hidden_size=width, intermediate_size=-(-8 * width // 768) * 256, num_attention_heads=max(width // 128, 1),
+        vocab_size=config.vocab_size, tie_word_embeddings=config.tie_word_embeddings,
+    )  # fmt: skip
+    with torch.device("meta"):
+        wanted = parameters(from_config(config))
+        one, two = (parameters(LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=layers))) for layers in (1, 2))
+    return LlamaConfig(**sizes, num_hidden_layers=max(1, round((wanted - one) / (two - one)) + 1))
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def throughput(
+    who: Contender, clock: Clock, batch: int, length: int, dtype: torch.dtype, steps: int = 5, checkpointing: bool = False
+) -> Row:
+    """Train one model on random tokens for a few steps, without an optimizer; the first does not count."""
+    row = Row(who.name, who.library)
+    try:
+        with torch.device(clock.device):
+            model = who.build().to(dtype).train()
+        row.parameters = parameters(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        ids = torch.randint(3, model.config.vocab_size, (batch, length), device=clock.device)
+
+        def step() -> float:
+            start = clock.now()
+            loss = model(input_ids=ids, labels=ids, use_cache=False, **who.arguments).loss
+            loss.backward()
+            seconds = clock.now() - start
+            model.zero_grad(set_to_none=True)
+            row.loss = loss.item()
+            return seconds
+
+        row.first = step()
+        if clock.cuda:
+            torch.cuda.reset_peak_memory_stats(clock.device)
+        seconds = statistics.median(step() for _ in range(steps))
+        if not math.isfinite(row.loss):
+            row.note = f"WRONG, the loss is {row.loss}"
+            return row
+        row.step, row.tokens_per_second = 1e3 * seconds, batch * length / seconds
+        row.peak = torch.cuda.max_memory_allocated(clock.device) if clock.cuda else None
+    except Exception as error:  # out of memory, or whatever another library raises: the others go on
+        row.note = failure(error)
+    return row
+
+
+HEADER = ("model", "library", "parameters", "first step, s", "step, ms", "tokens/s", "peak, GiB", "loss")
+
+
+def cells(row: Row) -> list[str]:
+    def number(value: float | None, pattern: str, factor: float = 1.0) -> str:
+        return "" if value is None else format(factor * value, pattern)
+
+    return [
+        row.model, row.library, f"{row.parameters:,}", number(row.first, ".2f"), number(row.step, ".1f"),
+        number(row.tokens_per_second, ",.0f"), number(row.peak, ".1f", 2**-30), number(row.loss, ".2f"),
+    ]  # fmt: skip

@@ -1,0 +1,78 @@
+"""First calls of many contenders at once, each in a process with an empty cache of its own; what they compiled is kept together."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import torch
+
+from zoo.evaluate.bench.case import Case, chosen, lift_guard
+from zoo.evaluate.bench.measure import Clock, Problem, contenders, failure
+
+TUNING = {"FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}  # whoever tunes itself does so again, alone on the device
+
+
+def warm(
+    cases: Sequence[Case], sizes: dict[str, int], backends: Sequence[str], peers: Sequence[str] | None, device: str, dtype: torch.dtype,
+    workers: int, unguarded: bool,
+) -> Iterator[tuple[str, str, float | None, str]]:  # fmt: skip
+    """Case, contender, seconds of its first forward and backward, or None and why there was none.
+
+    The kernels of all of them end up in the folder that TRITON_CACHE_DIR names, which this process has to set before. Only our
+    fused kernels are called at every batch and length; the others at one of each case.
+    """
+    jobs = {(case.label, who.name): case for case in cases for who in contenders(case, [b for b in backends if b == "fused"], [])}
+    for case in {_kind(case): case for case in reversed(cases)}.values():
+        jobs |= {(case.label, who.name): case for who in contenders(case, backends, peers)}
+    kind = str(dtype).removeprefix("torch.")
+
+    def first(case: Case, name: str) -> tuple[str, str, float | None, str]:
+        what = {"case": case.label, "sizes": sizes, "contender": name, "device": device, "dtype": kind, "unguarded": unguarded}
+        with tempfile.TemporaryDirectory() as cache:
+            environment = os.environ | TUNING | {"TRITON_CACHE_DIR": cache}
+            line = [sys.executable, "-m", __name__, json.dumps(what)]
+            ran = subprocess.run(line, env=environment, capture_output=True, text=True)
+            shutil.copytree(cache, os.environ["TRITON_CACHE_DIR"], dirs_exist_ok=True)
+        if ran.returncode:
+            return case.label, name, None, (ran.stderr.strip().splitlines() or ["no output"])[-1]
+        return case.label, name, float(ran.stdout.split()[-1]), ""
+
+    with ThreadPoolExecutor(workers) as pool:
+        for done in as_completed([pool.submit(first, case, name) for (_, name), case in jobs.items()]):
+            yield done.result()
+
+
+def _kind(case: Case) -> tuple:
+    """What cases of different batches and lengths have in common."""
+    return case.op, case.name, *(pair for pair in case.sizes.items() if pair[0] not in "BT")
+
+
+def first_call(case: str, sizes: dict[str, int], contender: str, device: str, dtype: str, unguarded: bool) -> float:
+    """Seconds of one contender's first forward and backward in this process."""
+    if unguarded:
+        lift_guard()
+    (found,) = (one for one in chosen([], sizes) if one.label == case)
+    (who,) = (one for one in contenders(found, ("fused", "chunked", "reference")) if one.name == contender)
+    run = who.load()
+    torch.ones(1, device=device).sum().item()  # the device's own beginnings do not count
+    started = Problem(found, who, run, Clock(device, rate=1.0), getattr(torch, dtype))
+    if started.refused:
+        raise RuntimeError(started.refused)
+    return started.first
+
+
+def main() -> None:
+    try:
+        seconds = first_call(**json.loads(sys.argv[1]))
+    except Exception as error:  # its last line is the report
+        sys.exit(failure(error))
+    sys.stdout.write(f"{seconds}\n")
+
+
+if __name__ == "__main__":
+    main()
