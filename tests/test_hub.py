@@ -20,6 +20,7 @@ import zoo
 from zoo.config import ZooConfig
 from zoo.hub import HubError
 from zoo.hub.cards import PIPELINES
+from zoo.hub.push import compose
 from zoo.registry import AUTO
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,6 +241,20 @@ def test_what_an_author_wrote_stays(hub, folder):
     zoo.hub.push(folder, REPO)  # from what the repository has
     again = text(hub, "README.md")
     assert again.replace("language: en\n", "").replace("\nMy words.\n", "") == card and "My words." in again and "language: en" in again
+
+
+@pytest.mark.parametrize("name", zoo.list_models())
+def test_every_architecture_can_be_described(name, tmp_path):
+    config = zoo.build_config(f"{name}-tiny")
+    for suffix in ("ForCausalLM" if config.causal else "ForMaskedLM", "ForSequenceClassification"):
+        config.architectures = [zoo.registry.get(name).models[suffix].__name__]
+        config.save_pretrained(tmp_path)
+        (tmp_path / "model.safetensors").touch()
+        files = compose("me/model", tmp_path, "", {"tags": ()})
+        assert f"pipeline_tag: {PIPELINES[suffix]}".encode() in files["README.md"] and f"| `{name}`".encode() in files["README.md"]
+        written = json.loads(files["config.json"])["auto_map"]
+        assert written.keys() == {"AutoConfig", "AutoModel", AUTO[suffix].__name__}
+        assert all(hasattr(zoo.models, name.removeprefix("modeling_zoo.")) for name in written.values())
 
 
 def test_every_task_has_its_pipeline(hub):

@@ -54,7 +54,7 @@ def render(repo_id: str, subject: Subject, previous: str, folder: Path, fields: 
         if value is not None:
             card.data[name] = value
     section = "\n\n".join([facts(subject), usage(repo_id, subject), *results(folder)])
-    card.text = insert(card.text, section, BEGIN, END)
+    card.text = "\n" + insert(card.text.lstrip(), section, BEGIN, END)
     return str(card).rstrip() + "\n"
 
 
@@ -113,7 +113,7 @@ def flat(row: dict) -> dict:
 
 
 def number(value) -> str:
-    """Four digits of a float, thousands of an int apart, other things as they are."""
+    """A cell: four digits of a float, thousands of an int apart, other things as they are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
+        return str(value).replace("|", r"\|")
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
