@@ -200,6 +200,10 @@ FLA = fla_layout(
     only={"elementwise_affine": (True,)},
     read=read_fla,
     write=lambda config: {"qk_norm": bool(config.qk_norm)},
+    trials={
+        "grouped": {"num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "window_size": 5},
+        "normed": {"num_heads": 2, "qk_norm": True, "norm_eps": 1e-6},
+    },
 )  # fmt: skip
 
 
