@@ -289,6 +289,15 @@ def test_a_download_goes_on_where_it_was_cut(hub, folder, tmp_path):
     assert fetched == [("GET", shard), ("GET", shard), ("RANGE", shard)] and not list(tmp_path.glob(".pulled*"))
 
 
+def test_what_was_uploaded_is_not_sent_again(hub, folder):
+    hub.faults.append(Fault("POST", "/commit/", 500, 4))
+    with pytest.raises(HubError, match="run the same again"):
+        zoo.hub.push(folder, REPO)
+    assert len(hub.repos[REPO].branches["main"]) == 1 and sum(method == "PUT" for method, _ in hub.log) == 4
+    zoo.hub.push(folder, REPO)
+    assert len(hub.repos[REPO].branches["main"]) == 2 and sum(method == "PUT" for method, _ in hub.log) == 4
+
+
 def test_the_document_counts_these_trials():
     listed = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in listed.strip().splitlines()[2:]]
