@@ -1,6 +1,7 @@
 """The command `zoo`: what it offers is there, and what it refuses it names."""
 
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,14 @@ def test_every_command_is_a_script(command, capsys):
 def test_examples_are_commands():
     named = [line.split()[1] for line in usage().splitlines() if line.startswith("  zoo ")]
     assert named and set(named) <= COMMANDS.keys()
+
+
+def test_documents_name_commands():
+    pages = {path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+    named = {name: set(re.findall(r"^zoo (\S+)|`zoo (?!--)(\S+?)[ `]", text, flags=re.MULTILINE)) for name, text in pages.items()}
+    assert {"list", "convert", "generate", "evaluate"} <= {"".join(pair) for pair in named["README.md"]}
+    for name, pairs in named.items():
+        assert {"".join(pair) for pair in pairs} <= COMMANDS.keys(), name
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from zoo.auto import from_pretrained, raw_config
+from zoo.auto import ALONE, from_pretrained, raw_config
 from zoo.registry import ARCHITECTURES
 from zoo.world_tokenizer import WorldTokenizer
 
@@ -20,12 +20,12 @@ def load_language_model(
     """A causal language model, ready to be evaluated, and its tokenizer.
 
     Args:
-        path: a folder or Hub id. What the zoo or one of `zoo.layouts()` can read becomes a zoo model, anything else a model of
-            transformers.
+        path: a folder or Hub id, or a file as for `zoo.from_pretrained`. What the zoo or one of `zoo.layouts()` can read becomes
+            a zoo model, anything else a model of transformers.
         tokenizer: folder or Hub id of the tokenizer, where `path` has none.
         original: load with transformers' own class, also what the zoo can read.
         device: where to put it.
-        kwargs: of transformers' `from_pretrained`: dtype, revision...
+        kwargs: of `zoo.from_pretrained`: dtype, revision, base...
 
     Raises:
         ValueError: the folder does not exist, holds no model, or there is no tokenizer.
@@ -34,7 +34,10 @@ def load_language_model(
     if not Path(path).exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path):
         raise ValueError(f"{path} does not exist; name a folder with a model, or a Hub id")
     hub = {name: kwargs[name] for name in ("revision", "token", "cache_dir", "local_files_only") if name in kwargs}
-    kind = "" if path.endswith(".pth") else raw_config(path, None, hub).get("model_type", "")
+    try:
+        kind = "" if path.endswith(ALONE) else raw_config(path, kwargs.get("base"), hub).get("model_type", "")
+    except OSError as error:
+        raise ValueError(f"{path} is no folder here, and nothing that loads from the Hub: {error}") from error
     layouts = (layout for entry in ARCHITECTURES.values() for layout in entry.layouts)
     foreign = kind and not kind.startswith("zoo_") and all(kind not in layout.model_types for layout in layouts)
     texts = load_tokenizer(tokenizer or path, **hub if tokenizer is None else {})
@@ -47,7 +50,10 @@ def load_language_model(
 
 def load_tokenizer(path: str | os.PathLike, **hub) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or Hub id; a ValueError where there is none."""
+    file = Path(path)
     try:
+        if file.suffix == ".gguf":
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         known = get_tokenizer_config(path, **hub).get("tokenizer_class")
         return (WorldTokenizer if known == WorldTokenizer.__name__ else AutoTokenizer).from_pretrained(path, **hub)
     except (OSError, ValueError) as error:  # whichever of its files is missing

@@ -22,6 +22,7 @@ from zoo.convert.student import convert, converted_layers
 from zoo.convert.texts import token_rows
 from zoo.evaluate.perplexity import perplexity
 from zoo.evaluate.speed import Speed, generation_speed, state_bytes
+from zoo.generate import generate
 
 LENGTHS = (1024, 8192, 32768)
 
@@ -131,20 +132,10 @@ def save_and_reload(student: nn.Module, tokenizer, output: str | os.PathLike, pr
     return loaded
 
 
-@torch.no_grad()
 def complete(model: nn.Module, tokenizer, prompt: str, tokens: int = 48) -> str:
     """The model's greedy answer to a prompt, through the tokenizer's chat template where it has one."""
-    if tokenizer.chat_template:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    ids = inputs["input_ids"].to(model.device)
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=tokenizer.eos_token_id
-    )
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True).strip()
+    asked = [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt
+    return generate(model, tokenizer, [asked], max_new_tokens=tokens)[0].strip()
 
 
 def spread(rows: Tensor, count: int) -> Tensor:
