@@ -12,6 +12,7 @@ from zoo.kernels.linear_attention import chunked, reference
 from zoo.kernels.packing import Packing
 
 NAME = "linear_attention"
+WIDEST = 512  # channels of a head that the fused kernels take
 
 
 def linear_attention(
@@ -69,7 +70,7 @@ def linear_attention(
     shapes("k", k, "B T Hk K")
     shapes("v", v, "B T Hv V")
     shapes.not_empty("B", "T")
-    heads = shapes.sizes["H"] = max(shapes["Hq"], shapes["Hk"], shapes["Hv"])
+    shapes.sizes["H"] = max(shapes["Hq"], shapes["Hk"], shapes["Hv"])
     for group, name in (("Hq", "q"), ("Hk", "k"), ("Hv", "v")):
         shapes.divides(group, "H", name)
     shapes("log_decay", log_decay, "H", "B T H", "B T H K")
@@ -83,7 +84,6 @@ def linear_attention(
     shapes("state", state, "N H K S", dtype=accumulator(q.dtype))
     if packing is not None and log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay.expand(shapes["B"], shapes["T"], -1)  # per token, so that padding does not decay
-    q, k, v = (x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k, v))
     tensors = {"q": q, "k": k, "v": v, "log_decay": log_decay, "bonus": bonus, "value_log_decay": value_log_decay, "state": state}
     options = {"scale": float(scale if scale is not None else shapes["K"] ** -0.5), "normalize": bool(normalize)}
     return OP(tensors, options, packing, backend)
@@ -123,12 +123,17 @@ def flops(length: int, heads: int, keys: int, values: int) -> int:
 
 def _meta(tensors: dict, options: dict, sequences: int) -> tuple[Tensor, Tensor]:
     q, v = tensors["q"], tensors["v"]
-    shape = (sequences, q.shape[2], q.shape[3], v.shape[3] + options["normalize"])
-    return v.new_empty(v.shape), q.new_empty(shape, dtype=accumulator(q.dtype))
+    heads = max(tensors[name].shape[2] for name in "qkv")
+    shape = (sequences, heads, q.shape[3], v.shape[3] + options["normalize"])
+    return v.new_empty(*v.shape[:2], heads, v.shape[3]), q.new_empty(shape, dtype=accumulator(q.dtype))
 
 
 def _obstacle(tensors: dict) -> str | None:
-    return None if tensors["value_log_decay"] is None else "its kernels do not take value_log_decay"
+    """What the fused kernels do not do."""
+    if tensors["value_log_decay"] is not None:
+        return "it has no kernel for values that decay"
+    widest = max(tensors["q"].shape[3], tensors["v"].shape[3])
+    return f"K or V is {widest}, and its kernels take up to {WIDEST}" if widest > WIDEST else None
 
 
 def _case(decay: str = "none", bonus: bool = False, normalize: bool = False, groups: int = 2, values_decay: bool = False):
@@ -153,12 +158,13 @@ def _case(decay: str = "none", bonus: bool = False, normalize: bool = False, gro
 OP = Op(
     NAME,
     reference=reference.linear_attention,
-    obstacle=_obstacle,
     chunked=chunked.linear_attention,
     tensors=("q", "k", "v", "log_decay?", "bonus?", "value_log_decay?", "state?"),
     options={"scale": "float", "normalize": "bool"},
     along_time=("q", "k", "v", "log_decay", "value_log_decay"),
     meta=_meta,
+    fused="zoo.kernels.linear_attention.fused",
+    obstacle=_obstacle,
     cases={
         "plain": _case(),
         "normalized": _case(normalize=True),

@@ -19,12 +19,13 @@ from torch import Tensor
 from zoo.kernels.checks import accumulator
 from zoo.kernels.chunking import by_segments, chunk_size, decay_chunks, from_chunks, plus_product, to_chunks
 from zoo.kernels.decay import decay_matrix, decayed_scores, decayed_sums
-from zoo.kernels.linear_attention.reference import normalized
+from zoo.kernels.linear_attention.reference import every_head, normalized
 
 CHUNK = 64
 
 
 def linear_attention(q, k, v, log_decay, bonus, value_log_decay, state, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    q, k, v = every_head(q, k, v)
     run = partial(_linear_attention, bonus=bonus, scale=scale, normalize=normalize)
     return by_segments(run, (q, k, v, value_log_decay), log_decay, state, CHUNK)
 

@@ -1,7 +1,8 @@
 """Linear attention in Triton: the host's side. Which kernel runs on what, and its gradient.
 
 Every kernel's work is cut into segments of sequences, so that few heads fill a GPU too: see `Segments`. Tiles are fixed per head
-size, there is no tuning at run time. bf16 is multiplied as it is, fp16 as tf32 (whose range holds sums of scores), fp32 in full.
+size, there is no tuning at run time. bf16 is multiplied as it is, fp16 as tf32 (whose range holds sums of scores), fp32 as fp64, which
+is no slower than multiplying fp32 in full, and keeps differences of long sums exact.
 """
 
 from functools import lru_cache
@@ -19,6 +20,7 @@ from zoo.kernels.packing import Packing
 INTERPRETED = triton.knobs.runtime.interpret  # whose bf16 products are wrong
 CHUNK = 64
 FILLED = 128  # programs that occupy a GPU well enough to leave sequences whole
+WIDEST = 256  # channels that a product within a chunk sums up at once
 ANCHOR = 512  # tokens over which the gradient of a decay may be summed up from rounded products
 
 
@@ -29,8 +31,6 @@ def linear_attention(q, k, v, log_decay, bonus, value_log_decay, state, scale: f
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     if bonus is not None and (log_decay is None or log_decay.ndim < 4):
         log_decay = _by_channel(q, k, log_decay, heads)
-    elif log_decay is not None and log_decay.ndim == 1 and log_decay.requires_grad and torch.is_grad_enabled():
-        log_decay = log_decay.expand(q.shape[0], q.shape[1], heads)
     cu_seqlens = None if packing is None else packing.cu_seqlens
     run = _Channel if log_decay is not None and log_decay.ndim == 4 else _Scalar
     given = (q, k, v, log_decay, bonus, state) if run is _Channel else (q, k, v, log_decay, state)
@@ -118,22 +118,21 @@ class Tile(NamedTuple):
     stages: int
 
 
-def tile(inner: int, width: int, dtype: torch.dtype) -> Tile:
-    """For an inner dimension and a width."""
+def tile(inner: int, width: int, dtype: torch.dtype, channels: int) -> Tile:
+    """For an inner dimension and a width; `channels`: the width of all heads and segments together."""
     padded = padded_size(inner)
     if dtype != torch.bfloat16:
-        return Tile(min(32, padded_size(width)) if padded <= 256 else 16, 4 if padded <= 128 else 8, 1)
+        return Tile(min(32 if padded <= 128 else 16, padded_size(width)), 8, 1)
     part = min(64, padded_size(width))
-    if padded <= 128:
-        return Tile(part, 4, 2)
+    if padded <= 128:  # two programs on a multiprocessor hide one another's waits; one alone has to read ahead
+        return Tile(part, 4, 2 if channels >= 2 * FILLED * part else 3)
     return Tile(part, 8, 2) if padded <= 256 else Tile(min(32, part), 8, 1)
 
 
 def chunk_length(channels: int, dtype: torch.dtype) -> int:
-    """Tokens of a chunk, for the larger of K and V."""
-    if channels <= (256 if dtype == torch.bfloat16 else 128):
-        return CHUNK
-    return CHUNK // 2 if dtype == torch.bfloat16 or channels <= 256 else CHUNK // 4
+    """Tokens of a chunk, for the most channels of a product."""
+    most = {torch.bfloat16: CHUNK, torch.float16: CHUNK, torch.float32: CHUNK // 2}[dtype]
+    return most if channels <= (128 if dtype == torch.float32 else 256) else most // 2
 
 
 def padded_size(size: int) -> int:
@@ -144,7 +143,7 @@ def numbers(dtype: torch.dtype):
     """What operands are multiplied as, and how."""
     if dtype == torch.bfloat16 and not INTERPRETED:
         return tl.bfloat16, "tf32"
-    return tl.float32, "ieee" if dtype == torch.float32 else "tf32"
+    return tl.float64 if dtype == torch.float32 else tl.float32, "tf32"
 
 
 def rows(x: Tensor) -> Tensor:
@@ -157,95 +156,193 @@ def strides(x: Tensor | None) -> tuple[int, int, int]:
 
 
 class Problem:
-    """Sizes, gates and segments of one call, and its launches."""
+    """Sizes, decays and segments of one call, and its launches."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, cu_seqlens: Tensor | None, grad: bool):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, cu_seqlens: Tensor | None, anchored: bool):
         self.batch, self.length = q.shape[:2]
         self.heads = max(q.shape[2], k.shape[2], v.shape[2])
         self.keys, self.values = q.shape[3], v.shape[3]
         self.sequences = self.batch if cu_seqlens is None else cu_seqlens.numel() - 1
         self.scale, (self.type, self.precision), self.device, self.dtype = scale, numbers(q.dtype), q.device, q.dtype
+        self.exact = torch.float64 if q.dtype == torch.float32 else torch.float32  # what kernels sum up in
+        self.wide = torch.bfloat16 if q.dtype == torch.bfloat16 else self.exact  # of scaled queries and keys
+        self.acc = tl.float64 if self.exact == torch.float64 else tl.float32
         programs = self.batch * self.heads * triton.cdiv(self.values, 64)
-        size = segment_length(self.length, programs, grad, cu_seqlens is not None)
+        size = min(segment_length(self.length, programs, anchored, cu_seqlens is not None), self.length)
         self.segments = Segments.of(self.batch, self.length, size, cu_seqlens, q.device)
-        self.chunk = chunk_length(max(self.keys, self.values), q.dtype)
-        self.size = min(size, self.length)
-        self.sums = self.totals = None
-        self.step = (0, 0)
-        if log_decay is not None and log_decay.ndim < 4:
+        self.log_decay, self.channel = log_decay, log_decay is not None and log_decay.ndim == 4
+        channels = max(self.keys, self.values)
+        self.chunk = chunk_length(channels if self.channel else min(channels, WIDEST), q.dtype)
+        self.chunks = triton.cdiv(size, self.chunk)  # of a segment
+        self.edges = self.safes = self.scores = self.diagonal = self.sums = self.totals = None
+        self.per_token = self.heads * self.length, self.length  # strides of [B, H, T]
+        if log_decay is not None and not self.channel:
             self._gates(log_decay)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=self.device)
+
+    def state(self, make=torch.empty) -> Tensor:
+        return make(self.sequences, self.heads, self.keys, self.values, dtype=self.exact, device=self.device)
 
     def _gates(self, g: Tensor) -> None:
         """`sums` `[B, H, T]` within chunks, `totals` `[segments, H]`."""
-        wide = self.dtype == torch.float32
-        self.sums = torch.empty(self.batch, self.heads, self.length, dtype=torch.float64 if wide else torch.float32, device=self.device)
-        self.step = self.sums.stride()[:2]
-        self.totals = torch.empty(self.segments.count, self.heads, dtype=torch.float32, device=self.device)
+        self.sums = self.empty(self.batch, self.heads, self.length, dtype=self.exact)
+        totals = self.empty(self.segments.count, self.chunks, self.heads, dtype=self.exact)
         block = min(16, triton.next_power_of_2(self.heads))
-        fused_scalar.gates[(triton.cdiv(self.heads, block) * self.segments.count,)](
-            g, self.sums, self.totals, self.segments.table, *((0, 0, g.stride(0)) if g.ndim == 1 else strides(g)), *self.step,
-            self.heads, C=self.chunk, BH=block, ACC=tl.float64 if wide else tl.float32, num_warps=4,
+        fused_scalar.gates[(triton.cdiv(self.heads, block) * self.chunks * self.segments.count,)](
+            g, self.sums, totals, self.segments.table, *((0, 0, g.stride(0)) if g.ndim == 1 else strides(g)), *self.per_token,
+            self.heads, self.chunks, C=self.chunk, BH=block, ACC=self.acc, num_warps=4,
         )  # fmt: skip
+        self.totals = totals.sum(1) if self.segments.split else None
 
-    def state(self, make=torch.empty) -> Tensor:
-        return make(self.sequences, self.heads, self.keys, self.values, dtype=torch.float32, device=self.device)
+    def decay(self, transposed: bool) -> int:
+        """As the kernels name it, for a state of keys by values or of values by keys."""
+        if not self.channel:
+            return (fused_scalar.NONE if self.sums is None else fused_scalar.TOKEN).value
+        return (fused_scalar.COLUMNS if transposed else fused_scalar.ROWS).value
 
     def bounds(self, b: Tensor, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
         """States at every boundary of segments, `[places, H, K, V]`."""
-        seg = self.segments
-        bounds = torch.empty(seg.places, self.heads, self.keys, self.values, dtype=torch.float32, device=self.device)
-        keys, values = min(64, padded_size(self.keys)), min(64, padded_size(self.values))
+        seg, size = self.segments, self.keys * self.values
+        bounds = self.empty(seg.places, self.heads, self.keys, self.values, dtype=self.exact)
+        keys, values = (min(32 if self.dtype == torch.float32 else 64, padded_size(n)) for n in (self.keys, self.values))
         tiles = triton.cdiv(self.keys, keys) * triton.cdiv(self.values, values)
         fused_scalar.collect[(tiles * self.heads * seg.count,)](
-            b, y, bounds, self.sums, seg.table, *strides(b), *strides(y), *self.step,
-            self.heads // b.shape[2], self.heads // y.shape[2], self.heads, self.keys, self.values,
+            b, y, bounds, self.sums, seg.table, self.edges, *strides(b), *strides(y), *self.per_token,
+            self.heads // b.shape[2], self.heads // y.shape[2], self.heads, self.keys, self.values, self.chunks,
             BD=keys, BW=values, C=self.chunk, EVEN=self.keys % keys == 0 and self.values % values == 0, REVERSE=reverse,
-            GATED=self.sums is not None, TYPE=self.type, PRECISION=self.precision, num_warps=4, num_stages=3,
+            DECAY=self.decay(False), TYPE=self.type, ACC=self.acc, PRECISION=self.precision, num_warps=4, num_stages=3,
         )  # fmt: skip
-        self.chain(bounds, initial, reverse)
+        block = min(1024, padded_size(size))
+        fused_scalar.chain[(triton.cdiv(size, block) * self.heads * self.sequences,)](
+            bounds, self.totals, seg.first, initial, self.heads, self.keys, self.values, BLOCK=block, REVERSE=reverse,
+            DECAY=0 if self.totals is None else self.totals.ndim, HAS_INIT=initial is not None, num_warps=4,
+        )  # fmt: skip
         return bounds
 
-    def chain(self, bounds: Tensor, initial: Tensor | None, reverse: bool) -> None:
-        block = min(1024, padded_size(self.keys * self.values))
-        blocks = triton.cdiv(self.keys * self.values, block)
-        fused_scalar.chain[(blocks * self.heads * self.sequences,)](
-            bounds, self.totals, self.segments.first, initial, self.heads, self.keys, self.values,
-            BLOCK=block, REVERSE=reverse, DECAY=0 if self.totals is None else self.totals.ndim, HAS_INIT=initial is not None, num_warps=4,
-        )  # fmt: skip
-
     def sweep(self, a, b, y, initial, final=None, *, reverse=False, transposed=False, z=None) -> Tensor | tuple[Tensor, Tensor]:
-        """One of the four sums; with z also `z . out`, `[slices, B, H, T]`."""
+        """One of the four sums; with z also `z . out`, `[slices, B, H, T]`. All are linear in a and b's channels: many are cut up."""
+        inner = a.shape[3]
+        if inner <= WIDEST or self.channel:
+            return self._sweep(a, b, y, initial, final, reverse, transposed, z)
+        parts = []
+        for part in torch.arange(inner).split(WIDEST):
+            cut = slice(int(part[0]), int(part[-1]) + 1)
+            states = (None if x is None else x[..., cut] if transposed else x[..., cut, :] for x in (initial, final))
+            parts.append(self._sweep(a[..., cut], b[..., cut], y, *states, reverse, transposed, z))
+        if z is None:
+            return torch.stack(parts).sum(0)
+        return torch.stack([out for out, _ in parts]).sum(0), torch.cat([dots for _, dots in parts])
+
+    def _sweep(self, a, b, y, initial, final, reverse: bool, transposed: bool, z) -> Tensor | tuple[Tensor, Tensor]:
         seg, inner, width = self.segments, a.shape[3], y.shape[3]
-        part, warps, stages = tile(inner, width, self.dtype)
-        out = torch.empty(self.batch, self.length, self.heads, width, dtype=self.dtype, device=self.device)
+        part, warps, stages = tile(inner, width, self.dtype, seg.count * self.heads * width)
+        out = self.empty(self.batch, self.length, self.heads, width, dtype=self.wide if transposed and self.channel else self.dtype)
         slices = triton.cdiv(width, part)
-        shape = (slices, self.batch, self.heads, self.length)
-        dots = None if z is None else torch.empty(shape, dtype=torch.float32, device=self.device)
+        dots = None if z is None else self.empty(slices, self.batch, self.heads, self.length, dtype=self.exact)
         fused_scalar.sweep[(slices * self.heads * seg.count,)](
-            a, b, y, out, initial, final, self.sums, seg.table, z, dots,
-            *strides(a), *strides(b), *strides(y), *strides(out), *strides(z), 0 if z is None else dots.stride(0), *self.step,
+            a, b, y, out, initial, final, self.sums, seg.table, z, dots, self.edges, self.safes, self.scores, self.diagonal,
+            *strides(a), *strides(b), *strides(y), *strides(out), *strides(z), 0 if z is None else dots.stride(0), *self.per_token,
             *(self.heads // t.shape[2] for t in (a, b, y)), 1 if z is None else self.heads // z.shape[2],
-            1 if transposed else self.values, self.values if transposed else 1, self.scale, self.heads, inner, width,
-            DP=padded_size(inner), BW=part, C=self.chunk, EVEN=inner == padded_size(inner) and width % part == 0, REVERSE=reverse,
-            GATED=self.sums is not None, HAS_FINAL=final is not None, HAS_R=z is not None,
-            TYPE=self.type, PRECISION=self.precision, num_warps=warps, num_stages=stages,
+            1 if transposed else self.values, self.values if transposed else 1, self.keys * self.values, self.scale, self.heads,
+            inner, width, self.chunks, DP=padded_size(inner), BW=part, C=self.chunk,
+            EVEN=inner == padded_size(inner) and width % part == 0, REVERSE=reverse, DECAY=self.decay(transposed),
+            BONUS=self.diagonal is not None, HAS_FINAL=final is not None, HAS_R=z is not None,
+            TYPE=self.type, ACC=self.acc, PRECISION=self.precision, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return out if z is None else (out, dots)
 
-    def gate_gradient(self, log_decay: Tensor, rq: Tensor, rk: Tensor, ends: Tensor, fates: Tensor) -> Tensor:
-        """Of a decay per token, from what `sweep` returned beside dq and dk, and the states and their gradients at segments' ends."""
-        dg = torch.empty_like(log_decay)
+    def states(self, b: Tensor, y: Tensor, state: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Forward: states at boundaries if there are any, the one `sweep` starts from, and room for the last one if it makes that."""
+        if self.segments.split:
+            bounds = self.bounds(b, y, state, reverse=False)
+            return bounds, bounds, None
+        return None, self.state(torch.zeros) if state is None else state, self.state()
+
+    def fates(self, b: Tensor, y: Tensor, dlast: Tensor | None) -> Tensor:
+        """Backward: gradients of the states where `sweep` against time starts from."""
+        if self.segments.split:
+            return self.bounds(b, y, dlast, reverse=True)
+        return self.state(torch.zeros) if dlast is None else dlast
+
+    def gate_gradient(self, rq: Tensor, rk: Tensor, ends: Tensor, fates: Tensor) -> Tensor:
+        """Of a decay per head or token, from what `sweep` returned beside dq and dk, and states and their gradients at segments' ends."""
+        dg = self.empty(self.batch, self.length, self.heads, dtype=self.exact)
         size = self.keys * self.values
         fused_scalar.gate_gradient[(self.segments.count * self.heads,)](
-            rq, rk, dg, ends, fates, self.segments.table, rq.stride(0), *self.step, *strides(dg), self.scale, self.heads, rq.shape[0], size,
-            C=ANCHOR, BLOCK=min(1024, padded_size(size)), num_warps=4,
+            rq, rk, dg, ends, fates, self.segments.table, rq.stride(0), *self.per_token, *strides(dg), self.scale, self.heads,
+            rq.shape[0], size, C=ANCHOR, BLOCK=min(1024, padded_size(size)), num_warps=4,
         )  # fmt: skip
-        return dg
+        return (dg.sum((0, 1)) if self.log_decay.ndim == 1 else dg).to(self.log_decay.dtype)
 
     def shared(self, gradient: Tensor, like: Tensor) -> Tensor:
         """Summed over the heads that read the same group."""
         groups = like.shape[2]
-        return gradient if groups == self.heads else gradient.unflatten(2, (groups, -1)).sum(3)
+        return (gradient if groups == self.heads else gradient.unflatten(2, (groups, -1)).sum(3)).to(like.dtype)
+
+
+class ChannelProblem(Problem):
+    """One decay per key channel, and perhaps a bonus. Makes scaled queries `qs` and keys `ks`."""
+
+    def __init__(self, q, k, v, log_decay, bonus, scale, cu_seqlens, anchored):
+        super().__init__(q, k, v, log_decay, scale, cu_seqlens, anchored)
+        self.bonus, count = bonus, self.segments.count
+        shape = self.batch, self.length, self.heads, self.keys
+        self.qs, self.ks = self.empty(*shape, dtype=self.wide), self.empty(*shape, dtype=self.wide)
+        self.exact_sums = self.empty(*shape, dtype=self.exact)
+        self.edges = self.empty(count, self.chunks, self.heads, 4, self.keys, dtype=self.exact)
+        self.safes = self.empty(count, self.chunks, self.heads, dtype=torch.int32)
+        self.scores = self.empty(self.batch, self.heads, self.length, self.chunk, dtype=self.wide)
+        self.diagonal = None if bonus is None else self.empty(self.batch, self.heads, self.length, dtype=self.exact)
+        self.by_chunk = (count * self.chunks * self.heads,)
+        groups = self.heads // q.shape[2], self.heads // k.shape[2]
+        fused_channel.prepare[self.by_chunk](
+            q, k, log_decay, bonus, self.qs, self.ks, self.edges, self.safes, self.exact_sums, self.diagonal, self.segments.table,
+            *strides(q), *strides(k), *strides(log_decay), *strides(self.qs), *self.per_token, *groups, self.heads, self.keys, self.chunks,
+            C=self.chunk, BD=min(32, padded_size(self.keys)), BONUS=bonus is not None, ACC=self.acc, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        fused_channel.exact_scores[self.by_chunk](
+            q, k, self.exact_sums, self.scores, self.safes, self.segments.table, *strides(q), *strides(k), *strides(self.qs),
+            *(self.chunk * n for n in self.per_token), *groups, self.heads, self.keys, self.chunks, C=self.chunk,
+            BD=min(32, padded_size(self.keys)), BONUS=bonus is not None, TYPE=self.type, ACC=self.acc, PRECISION=self.precision,
+            num_warps=4, num_stages=1,
+        )  # fmt: skip
+        self.totals = self.edges[:, :, :, 1:3].sum((1, 3))
+
+    def exact_gradients(self, q, k, v, do, dq, dk) -> None:
+        """Make dq and dk final where a chunk is not safe."""
+        fused_channel.exact_gradients[self.by_chunk](
+            q, k, v, do, self.exact_sums, dq, dk, self.safes, self.segments.table,
+            *strides(q), *strides(k), *strides(v), *strides(do), *strides(dq), *(self.heads // x.shape[2] for x in (q, k, v)),
+            self.scale, self.heads, self.keys, self.values, self.chunks, C=self.chunk, BD=min(32, padded_size(self.keys)),
+            BW=min(32, padded_size(self.values)), BONUS=self.bonus is not None, TYPE=self.type, ACC=self.acc, PRECISION=self.precision,
+            num_warps=8, num_stages=1,
+        )  # fmt: skip
+
+    def finish(self, q, k, v, do, dq, dk, ends, fates) -> tuple[Tensor, Tensor | None]:
+        """Gradients of decay and bonus; makes dq and dk final."""
+        self.exact_gradients(q, k, v, do, dq, dk)
+        dg, du, own = torch.empty(self.log_decay.shape, dtype=self.log_decay.dtype, device=self.device), None, None
+        if self.bonus is not None:
+            du, own = self.empty(self.segments.count, self.heads, self.keys), torch.empty_like(self.diagonal)
+            fused_channel.own_gradient[(self.batch * self.heads * triton.cdiv(self.length, CHUNK),)](
+                v, do, own, *strides(v), *strides(do), *self.per_token, self.heads // v.shape[2], self.scale, self.heads, self.length,
+                self.values, C=CHUNK, BW=min(64, padded_size(self.values)), num_warps=4,
+            )  # fmt: skip
+        block = min(32, padded_size(self.keys))
+        fused_channel.finish[(self.segments.count * self.heads * triton.cdiv(self.keys, block),)](
+            q, k, self.log_decay, dq, dk, dg, self.edges, self.safes, own, self.bonus, du, ends, fates, self.segments.table,
+            *strides(q), *strides(k), *strides(self.log_decay), *strides(dq), *strides(dg), *self.per_token,
+            self.heads // q.shape[2], self.heads // k.shape[2], self.scale, self.heads, self.keys, self.values, self.chunks,
+            C=self.chunk, BD=block, BLOCK=min(64, padded_size(self.values)), BONUS=du is not None, ACC=self.acc, num_warps=4, num_stages=1,
+        )  # fmt: skip
+        return dg, None if du is None else du.sum(0).to(self.bonus.dtype)
+
+
+def cotangent(do: Tensor | None, v: Tensor, heads: int) -> Tensor:
+    """The output's gradient as kernels read it."""
+    return rows(torch.zeros(1, dtype=v.dtype, device=v.device).expand(*v.shape[:2], heads, v.shape[3]) if do is None else do)
 
 
 class _Scalar(torch.autograd.Function):
@@ -254,175 +351,61 @@ class _Scalar(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, log_decay, state, scale, cu_seqlens):
         q, k, v = rows(q), rows(k), rows(v)
-        grads = ctx.needs_input_grad[3]
-        p = Problem(q, k, v, log_decay, scale, cu_seqlens, grads)
-        state = None if state is None else state.contiguous()
-        if p.segments.split:
-            bounds = p.bounds(k, v, state, reverse=False)
-            out, last = p.sweep(q, k, v, bounds), bounds[p.segments.last]
-        else:
-            bounds, last = None, p.state()
-            out = p.sweep(q, k, v, p.state(torch.zeros) if state is None else state, last)
-        ctx.save_for_backward(q, k, v, log_decay, state, bounds, last if grads and bounds is None else None)
+        p = Problem(q, k, v, log_decay, scale, cu_seqlens, ctx.needs_input_grad[3])
+        bounds, start, last = p.states(k, v, None if state is None else state.contiguous())
+        out = p.sweep(q, k, v, start, last)
+        last = bounds[p.segments.last] if last is None else last
+        ctx.save_for_backward(q, k, v, start, bounds, last if p.sums is not None and bounds is None else None)
         ctx.problem = p
         ctx.set_materialize_grads(False)
-        return out, last
+        return out, last.float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlast):
-        q, k, v, log_decay, state, bounds, last = ctx.saved_tensors
-        p = ctx.problem
-        do = torch.zeros(1, dtype=v.dtype, device=v.device).expand(*v.shape[:2], p.heads, v.shape[3]) if do is None else do
-        do, dlast = rows(do), None if dlast is None else dlast / p.scale
-        if p.segments.split:
-            start, ends, fates = bounds, bounds, p.bounds(q, do, dlast, reverse=True)
-            first = fates[p.segments.start]
-        else:
-            start, ends, fates = (p.state(torch.zeros) if x is None else x for x in (state, last, dlast))
-            first = p.state() if ctx.needs_input_grad[4] else None
-        gated = ctx.needs_input_grad[3]
+        q, k, v, start, bounds, last = ctx.saved_tensors
+        p, gated = ctx.problem, ctx.needs_input_grad[3]
+        do, dlast = cotangent(do, v, p.heads), None if dlast is None else dlast.to(p.exact) / p.scale
+        fates = p.fates(q, do, dlast)
+        first = p.state() if ctx.needs_input_grad[4] and not p.segments.split else None
         dq = p.sweep(do, v, k, start, transposed=True, z=q if gated else None)
         dk = p.sweep(v, do, q, fates, reverse=True, transposed=True, z=k if gated else None)
-        dv = p.sweep(k, q, do, fates, None if p.segments.split else first, reverse=True)
+        dv = p.sweep(k, q, do, fates, first, reverse=True)
         dg = None
         if gated:
             (dq, rq), (dk, rk) = dq, dk
-            dg = p.gate_gradient(log_decay, rq, rk, ends, fates)
-        dstate = first * p.scale if ctx.needs_input_grad[4] else None
-        return p.shared(dq, q), p.shared(dk, k), p.shared(dv, v), dg, dstate, None, None
-
-
-class _ChannelProblem(Problem):
-    """One decay per key channel, and perhaps a bonus."""
-
-    def __init__(self, q, k, v, log_decay, bonus, scale, cu_seqlens, grad):
-        super().__init__(q, k, v, log_decay, scale, cu_seqlens, grad)
-        self.bonus = bonus
-        self.chunks = triton.cdiv(self.size, self.chunk)
-        self.block = min(32, padded_size(self.keys))  # wider ones spill registers
-        self.even = self.keys % self.block == 0
-        wide = self.dtype == torch.float32
-        shape = (self.batch, self.length, self.heads, self.keys)
-        self.sums = torch.empty(shape, dtype=torch.float64 if wide else torch.float32, device=self.device)
-        self.step = strides(self.sums)
-        self.totals = torch.empty(self.segments.count, self.heads, self.keys, dtype=torch.float32, device=self.device)
-        fused_channel.sums_by_chunk[(self.segments.count * self.heads * triton.cdiv(self.keys, self.block),)](
-            log_decay, self.sums, self.totals, self.segments.table, *strides(log_decay), *self.step, self.heads, self.keys,
-            C=self.chunk, BD=self.block, ACC=tl.float64 if wide else tl.float32, num_warps=4,
-        )  # fmt: skip
-        self.p = torch.empty(self.batch, self.heads, self.length, self.chunk, dtype=self.dtype, device=self.device)
-        self.qs, self.ks = (torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(2))
-        fused_channel.prepare[(self.segments.count * self.heads * self.chunks,)](
-            q, k, self.sums, bonus, self.p, self.qs, self.ks, self.segments.table, *strides(q), *strides(k), *self.step,
-            self.p.stride(0), self.p.stride(1), self.heads // q.shape[2], self.heads // k.shape[2], self.heads, self.keys, self.chunks,
-            C=self.chunk, BD=self.block, EVEN=self.even, BONUS=bonus is not None, TYPE=self.type, PRECISION=self.precision, num_warps=4,
-        )  # fmt: skip
-
-    def bounds(self, b: Tensor, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
-        seg = self.segments
-        bounds = torch.empty(seg.places, self.heads, self.keys, self.values, dtype=torch.float32, device=self.device)
-        keys, values = min(64, padded_size(self.keys)), min(64, padded_size(self.values))
-        tiles = triton.cdiv(self.keys, keys) * triton.cdiv(self.values, values)
-        fused_channel.collect_rows[(tiles * self.heads * seg.count,)](
-            b, y, bounds, self.sums, seg.table, *strides(y), *self.step, self.heads // y.shape[2], self.heads, self.keys, self.values,
-            BD=keys, BW=values, C=self.chunk, EVEN=self.keys % keys == 0 and self.values % values == 0, REVERSE=reverse,
-            TYPE=self.type, PRECISION=self.precision, num_warps=4, num_stages=3,
-        )  # fmt: skip
-        self.chain(bounds, initial, reverse)
-        return bounds
-
-    def sweep_values(self, a, b, y, initial, final=None, *, reverse=False) -> Tensor:
-        part, warps, stages = tile(self.keys, self.values, self.dtype)
-        out = torch.empty(self.batch, self.length, self.heads, self.values, dtype=self.dtype, device=self.device)
-        fused_channel.sweep_values[(triton.cdiv(self.values, part) * self.heads * self.segments.count,)](
-            a, b, y, out, self.p, initial, final, self.sums, self.segments.table, *strides(y), *strides(out), *self.step,
-            self.p.stride(0), self.p.stride(1), self.heads // y.shape[2], self.scale, self.heads, self.keys, self.values,
-            DP=padded_size(self.keys), BW=part, C=self.chunk, EVEN=self.keys == padded_size(self.keys) and self.values % part == 0,
-            REVERSE=reverse, HAS_FINAL=final is not None, TYPE=self.type, PRECISION=self.precision, num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-        return out
-
-    def within(self, q, k, v, do) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What dq and dk get through scores within chunks, and `scale do . v` if there is a bonus."""
-        dq, dk = (torch.empty_like(self.qs) for _ in range(2))
-        own = None if self.bonus is None else torch.empty(self.batch, self.heads, self.length, dtype=torch.float32, device=self.device)
-        part = min(64, padded_size(self.values))
-        fused_channel.within[(self.segments.count * self.heads * self.chunks,)](
-            q, k, v, do, self.sums, dq, dk, own, self.segments.table, *strides(q), *strides(k), *strides(v), *strides(do), *self.step,
-            *((0, 0) if own is None else own.stride()[:2]), *(self.heads // x.shape[2] for x in (q, k, v)),
-            self.scale, self.heads, self.keys, self.values, self.chunks,
-            C=self.chunk, BD=self.block, BW=part, EVEN=self.even and self.values % part == 0, BONUS=own is not None,
-            TYPE=self.type, PRECISION=self.precision, num_warps=8,
-        )  # fmt: skip
-        return dq, dk, own
-
-    def sweep_keys(self, a, b, y, out, initial, *, reverse=False) -> None:
-        part, warps, stages = tile(self.values, self.keys, self.dtype)
-        fused_channel.sweep_keys[(triton.cdiv(self.keys, part) * self.heads * self.segments.count,)](
-            a, b, y, out, initial, self.sums, self.segments.table, *strides(a), *strides(b), *self.step,
-            self.heads // a.shape[2], self.heads // b.shape[2], self.scale, self.heads, self.values, self.keys,
-            DP=padded_size(self.values), BW=part, C=self.chunk, EVEN=self.values == padded_size(self.values) and self.keys % part == 0,
-            REVERSE=reverse, EXCLUSIVE=self.bonus is not None, TYPE=self.type, PRECISION=self.precision,
-            num_warps=warps, num_stages=stages,
-        )  # fmt: skip
-
-    def finish(self, q, k, dq, dk, own, ends, fates, log_decay) -> tuple[Tensor, Tensor | None]:
-        """Gradients of decay and bonus; dq and dk get the bonus' part."""
-        dg = torch.empty(log_decay.shape, dtype=log_decay.dtype, device=self.device)
-        du = None if own is None else torch.empty(self.segments.count, self.heads, self.keys, dtype=torch.float32, device=self.device)
-        fused_channel.finish[(self.segments.count * self.heads * triton.cdiv(self.keys, self.block),)](
-            q, k, dq, dk, dg, own, self.bonus, du, ends, fates, self.segments.table, *strides(q), *strides(k), *self.step, *strides(dg),
-            *((0, 0) if own is None else own.stride()[:2]), self.heads // q.shape[2], self.heads // k.shape[2],
-            self.scale, self.heads, self.keys, self.values,
-            C=self.chunk, BD=self.block, BLOCK=min(64, padded_size(self.values)), BONUS=own is not None, num_warps=4,
-        )  # fmt: skip
-        return dg, du
+            dg = p.gate_gradient(rq, rk, last if bounds is None else bounds, fates)
+        dstate = (fates[p.segments.start] if first is None else first) * p.scale if ctx.needs_input_grad[4] else None
+        return p.shared(dq, q), p.shared(dk, k), p.shared(dv, v), dg, None if dstate is None else dstate.float(), None, None
 
 
 class _Channel(torch.autograd.Function):
-    """One decay per key channel. The backward computes scores and scaled queries and keys anew."""
+    """One decay per key channel. The backward scales queries and keys anew."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, bonus, state, scale, cu_seqlens):
         q, k, v, log_decay = rows(q), rows(k), rows(v), rows(log_decay)
         bonus = None if bonus is None else bonus.contiguous()
-        grads = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        p = _ChannelProblem(q, k, v, log_decay, bonus, scale, cu_seqlens, grads)
-        state = None if state is None else state.contiguous()
-        if p.segments.split:
-            bounds = p.bounds(p.ks, v, state, reverse=False)
-            out, last = p.sweep_values(p.qs, p.ks, v, bounds), bounds[p.segments.last]
-        else:
-            bounds, last = None, p.state()
-            out = p.sweep_values(p.qs, p.ks, v, p.state(torch.zeros) if state is None else state, last)
-        ctx.save_for_backward(q, k, v, log_decay, bonus, state, cu_seqlens, bounds, last if grads and bounds is None else None)
-        ctx.options = scale, grads
+        ctx.options = scale, cu_seqlens, any(ctx.needs_input_grad)
+        p = ChannelProblem(q, k, v, log_decay, bonus, *ctx.options)
+        bounds, start, last = p.states(p.ks, v, None if state is None else state.contiguous())
+        out = p.sweep(p.qs, p.ks, v, start, last)
+        last = bounds[p.segments.last] if last is None else last
+        ctx.save_for_backward(q, k, v, log_decay, bonus, start, bounds, last if bounds is None else None)
         ctx.set_materialize_grads(False)
-        return out, last
+        return out, last.float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlast):
-        q, k, v, log_decay, bonus, state, cu_seqlens, bounds, last = ctx.saved_tensors
-        scale, grads = ctx.options
-        p = _ChannelProblem(q, k, v, log_decay, bonus, scale, cu_seqlens, grads)
-        do = torch.zeros(1, dtype=v.dtype, device=v.device).expand(*v.shape[:2], p.heads, v.shape[3]) if do is None else do
-        do, dlast = rows(do), None if dlast is None else dlast / scale
-        first = None
-        if p.segments.split:
-            start, ends, fates = bounds, bounds, p.bounds(p.qs, do, dlast, reverse=True)
-            first = fates[p.segments.start]
-        else:
-            start, ends, fates = (p.state(torch.zeros) if x is None else x for x in (state, last, dlast))
-            first = p.state() if ctx.needs_input_grad[5] else None
-        dq, dk, own = p.within(q, k, v, do)
-        p.sweep_keys(do, v, p.ks, dq, start)
-        p.sweep_keys(v, do, p.qs, dk, fates, reverse=True)
-        dv = p.sweep_values(p.ks, p.qs, do, fates, None if p.segments.split else first, reverse=True)
-        dg = du = None
-        if grads:
-            dg, du = p.finish(q, k, dq, dk, own, ends, fates, log_decay)
-            du = None if du is None else du.sum(0).to(bonus.dtype)
-        dstate = first * scale if ctx.needs_input_grad[5] else None
-        return p.shared(dq, q), p.shared(dk, k), p.shared(dv, v), dg, du, dstate, None, None
+        q, k, v, log_decay, bonus, start, bounds, last = ctx.saved_tensors
+        p = ChannelProblem(q, k, v, log_decay, bonus, *ctx.options)
+        do, dlast = cotangent(do, v, p.heads), None if dlast is None else dlast.to(p.exact) / p.scale
+        fates = p.fates(p.qs, do, dlast)
+        first = p.state() if ctx.needs_input_grad[5] and not p.segments.split else None
+        dq = p.sweep(do, v, p.ks, start, transposed=True)
+        dk = p.sweep(v, do, p.qs, fates, reverse=True, transposed=True)
+        dv = p.sweep(p.ks, p.qs, do, fates, first, reverse=True)
+        dg, du = p.finish(q, k, v, do, dq, dk, last if bounds is None else bounds, fates)
+        dstate = (fates[p.segments.start] if first is None else first) * p.scale if ctx.needs_input_grad[5] else None
+        return p.shared(dq, q), p.shared(dk, k), p.shared(dv, v), dg, du, None if dstate is None else dstate.float(), None, None

@@ -8,7 +8,8 @@ from zoo.kernels.checks import accumulator
 
 def linear_attention(q, k, v, log_decay, bonus, value_log_decay, state, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
     dtype, acc = v.dtype, accumulator(v.dtype)
-    q, k, v = q.to(acc) * scale, k.to(acc), v.to(acc)
+    q, k, v = (x.to(acc) for x in every_head(q, k, v))
+    q = q * scale
     if normalize:
         v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
     if state is None:
@@ -26,6 +27,12 @@ def linear_attention(q, k, v, log_decay, bonus, value_log_decay, state, scale: f
         if bonus is None:
             outs.append(read(q[:, t], state, normalize))
     return torch.stack(outs, dim=1).to(dtype), state
+
+
+def every_head(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Each `[B, T, groups, .]` with as many heads as the most of them: head h reads group `h // (H / groups)`."""
+    heads = max(x.shape[2] for x in tensors)
+    return tuple(x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2) for x in tensors)
 
 
 def decay_at(log_decay: Tensor, t: int) -> Tensor:

@@ -1,0 +1,216 @@
+"""Properties of the Triton kernels, of every operator that has some: compiled on a CUDA device (`-m gpu`), interpreted elsewhere.
+
+Kernels multiply in the dtype of their inputs, so a float32 state of bfloat16 inputs is held to the rule for bfloat16.
+"""
+
+import os
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are first imported; `auto` never takes interpreted kernels
+
+from test_ops import _along_time, cast, differentiable, inputs, is_state, poisoned_memory, run  # noqa: E402, F401 (a fixture)
+
+from zoo.evaluate.closeness import assert_close  # noqa: E402
+from zoo.ops import OPS, Packing, use_backend  # noqa: E402
+
+# numpy, on which the interpreter runs, warns of its own idioms and of masked lanes
+INTERPRETER = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else INTERPRETER
+
+CHUNK = 64
+
+
+def takes(op, draw) -> bool:
+    names = dict.fromkeys(op.names)
+    given = cast(inputs(draw, 1, 2), torch.float32)
+    return bool(op.fused) and op.obstacle(names | {n: v for n, v in given.items() if n in names}) is None
+
+
+CASES = [
+    pytest.param(op, draw, id=f"{op.name}-{case}") for op in OPS.values() if op.fused for case, draw in op.cases.items() if takes(op, draw)
+]
+every_case = pytest.mark.parametrize("op, draw", CASES)
+
+
+def on_device(value):
+    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+
+def with_gradients(op, given: dict, backend: str, packing: Packing | None = None) -> tuple[list, dict]:
+    """Outputs, and gradients of a random projection of them, the kernels' brought back to the CPU."""
+    more = {} if packing is None else {"packing": packing}
+    if backend == "fused":
+        given = {n: on_device(v) for n, v in given.items()}
+        more = {n: Packing(p.cu_seqlens.to(DEVICE)) for n, p in more.items()}
+    leaves = {n: v.clone().requires_grad_() for n, v in differentiable(given).items()}
+    outs = run(op, given | leaves, backend=backend, **more)
+    generator = torch.Generator().manual_seed(7)
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outs]
+    grads = torch.autograd.grad(outs, list(leaves.values()), cotangents, allow_unused=True, materialize_grads=True)
+    return [o.detach().cpu() for o in outs], {n: g.cpu() for n, g in zip(leaves, grads, strict=True)}
+
+
+def compare(op, given: dict, dtype: torch.dtype, packing: Packing | None = None) -> None:
+    """Fused against the definition in float64, outputs, states and gradients, by the one rule."""
+    given = cast(given, dtype)
+    exact, exact_grads = with_gradients(op, cast(given, torch.float64), "reference", packing)
+    plain, plain_grads = with_gradients(op, given, "reference", packing)
+    result, result_grads = with_gradients(op, given, "fused", packing)
+    for i, (x, p, r) in enumerate(zip(result, plain, exact, strict=True)):
+        assert_close(x, p, r, f"output {i}", dtype=dtype)
+    for name in result_grads:
+        assert_close(result_grads[name], plain_grads[name], exact_grads[name], f"gradient of {name}", gradient=True, dtype=dtype)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_agrees(op, draw, dtype):
+    compare(op, inputs(draw, 2, CHUNK + 5), dtype)
+
+
+@every_case
+@pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, 3 * CHUNK + 7])
+def test_any_length(op, draw, length):
+    compare(op, inputs(draw, 1, length), torch.float32)
+
+
+@every_case
+def test_segments_of_one_sequence(op, draw):
+    """Long enough to be cut up among programs."""
+    compare(op, inputs(draw, 1, 2 * 512 + 9 if DEVICE == "cuda" else 512 + 9), torch.float32)
+
+
+@every_case
+def test_packed_equals_separate(op, draw):
+    lengths = [1, 5, 0, CHUNK, CHUNK + 3]
+    given = inputs(draw, 1, sum(lengths))
+    if is_state("state", given.get("state")):
+        given["state"] = torch.cat([inputs(draw, 1, 1, seed=n)["state"] for n in range(len(lengths))])
+    compare(op, given, torch.float32, Packing.from_lengths(lengths))
+
+
+@every_case
+def test_pieces_equal_the_whole(op, draw):
+    length, cut = CHUNK + 9, 30
+    given = inputs(draw, 1, length)
+    if not is_state("state", given.get("state")):
+        return
+    exact, plain = (run(op, cast(given, dtype), backend="reference") for dtype in (torch.float64, torch.float32))
+    given = {n: on_device(v) for n, v in cast(given, torch.float32).items()}
+    outs, state = [], given["state"]
+    for piece in (slice(0, cut), slice(cut, length)):
+        own = {n: v[:, piece] if _along_time(op, n, v) else v for n, v in given.items()}
+        out, state = op.call(**own | {"state": state}, backend="fused")
+        outs.append(out)
+    assert_close(torch.cat(outs, 1).cpu(), plain[0], exact[0], "pieces")
+    assert_close(state.cpu(), plain[1], exact[1], "state")
+
+
+@every_case
+def test_inputs_are_kept_strides_do_not_matter_and_runs_repeat(op, draw):
+    given = {n: on_device(v) for n, v in cast(inputs(draw, 2, CHUNK + 5), torch.bfloat16).items()}
+    before = {n: v.clone() for n, v in given.items() if isinstance(v, torch.Tensor)}
+    expected = run(op, given, backend="fused")
+    strided = {
+        n: v.transpose(0, 1).contiguous().transpose(0, 1) if isinstance(v, torch.Tensor) and v.ndim > 1 else v for n, v in given.items()
+    }
+    for other in (strided, given):
+        assert all(torch.equal(x, y) for x, y in zip(run(op, other, backend="fused"), expected, strict=True))
+    assert all(torch.equal(given[n], v) for n, v in before.items()), "an input was modified"
+
+
+@every_case
+@pytest.mark.parametrize("log_decay", [0.0, -1e-6, -80.0, -1e4])
+def test_hostile_decays(op, draw, log_decay):
+    """From keeping all to forgetting all, alone and beside gentle decays."""
+    given = inputs(draw, 1, CHUNK + 3)
+    decays = {n: v.clone() for n, v in differentiable(given).items() if n.endswith("log_decay")}
+    if not decays:
+        return
+    for decay in decays.values():
+        decay[..., ::2] = log_decay
+    for dtype in (torch.float32, torch.bfloat16):
+        compare(op, given | decays, dtype)
+
+
+@every_case
+def test_compiles(op, draw):
+    given = {n: on_device(v) for n, v in cast(inputs(draw, 2, 20), torch.float32).items()}
+    leaves = {n: v.clone().requires_grad_() for n, v in differentiable(given).items()}
+    torch._dynamo.reset()
+    with use_backend("fused"):
+        compiled = torch.compile(lambda tensors: tuple(run(op, given | tensors)), fullgraph=True, backend="aot_eager")
+        outs, expected = compiled(leaves), run(op, given | leaves)
+        assert all(torch.equal(x, r) for x, r in zip(outs, expected, strict=True))
+        grads, plain = (torch.autograd.grad([o.sum() for o in many], list(leaves.values()), allow_unused=True) for many in (outs, expected))
+    for name, x, r in zip(leaves, grads, plain, strict=True):
+        assert (x is None) == (r is None) and (r is None or torch.equal(x, r)), f"gradient of {name}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", ["none", "head", "token", "channel"])
+@pytest.mark.parametrize(
+    "keys, values", [(16, 16), (48, 80), (64, 64), (64, 128), (128, 64), (128, 128), (256, 256), (256, 512), (512, 64)]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_configuration_of_linear_attention(decay, keys, values, dtype):
+    """Each head size selects a launch; each is checked, with a sequence in one piece and in several, bonus and groups of heads."""
+    op = OPS["linear_attention"]
+    for batch, heads, length in ((70, 2, 130), (1, 2, 1100)):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape, generator=generator):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        shape = {"none": None, "head": (heads,), "token": (batch, length, heads), "channel": (batch, length, heads, keys)}[decay]
+        given = {"q": normal(batch, length, 1, keys), "k": normal(batch, length, heads, keys), "v": normal(batch, length, heads, values)}
+        given |= {"log_decay": None if shape is None else -normal(*shape).abs(), "state": normal(batch, heads, keys, values)}
+        given |= {"bonus": normal(heads, keys)} if decay == "channel" and length == 130 else {}
+        compare_on_device(op, given, dtype)
+
+
+def compare_on_device(op, given: dict, dtype: torch.dtype) -> None:
+    """As `compare`, the definition on the device too, its gradients by the chunked form in float64, which is tested against it."""
+    given = {n: on_device(v) for n, v in cast(given, dtype).items()}
+    results = []
+    for own, backend in ((cast(given, torch.float64), "chunked"), (given, "chunked"), (given, "fused")):
+        leaves = {n: v.clone().requires_grad_() for n, v in differentiable(own).items()}
+        outs = run(op, own | leaves, backend=backend)
+        generator = torch.Generator(DEVICE).manual_seed(7)
+        cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64, device=DEVICE).to(o.dtype) for o in outs]
+        cotangents = [c.to(dtype).to(o.dtype) if i == 0 else c for i, (c, o) in enumerate(zip(cotangents, outs, strict=True))]
+        grads = torch.autograd.grad(outs, list(leaves.values()), cotangents)
+        results.append((outs, dict(zip(leaves, grads, strict=True))))
+    (exact, exact_grads), (plain, plain_grads), (result, result_grads) = results
+    for i, (x, p, r) in enumerate(zip(result, plain, exact, strict=True)):
+        assert_close(x, p, r, f"output {i}", dtype=dtype)
+    for n in result_grads:
+        assert_close(result_grads[n], plain_grads[n], exact_grads[n], f"gradient of {n}", gradient=True, dtype=dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", ["none", "token", "channel"])
+def test_more_than_2_to_the_31_elements(decay):
+    """The last rows of tensors too large for 32-bit offsets are those of the same rows alone."""
+    batch, length, heads, keys = 130, 16384, 8, 128
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    q, k, v = (torch.randn(batch, length, heads, keys, generator=generator, device=DEVICE, dtype=torch.bfloat16) for _ in range(3))
+    assert q.numel() > 2**31
+    decays = {"none": None, "token": (batch, length, heads), "channel": (batch, length, heads, keys)}[decay]
+    decays = None if decays is None else -torch.rand(decays, generator=generator, device=DEVICE, dtype=torch.bfloat16)
+    call = OPS["linear_attention"].call
+
+    def last(*tensors):
+        leaves = [t.requires_grad_() for t in tensors if t is not None]
+        out, _ = call(*tensors, backend="fused")
+        grads = torch.autograd.grad(out, leaves, torch.ones_like(out).mul_(0.01))
+        return [x[-1].clone() for x in (out, *grads)]
+
+    small = last(*(None if x is None else x[-1:].clone() for x in (q, k, v, decays)))
+    large = last(q, k, v, decays)
+    for x, r in zip(large, small, strict=True):
+        assert_close(x, r, r.double(), "the last row", gradient=True)
