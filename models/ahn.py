@@ -121,6 +121,8 @@ class Hippocampus(Layer):
 class AHNMixer(RotaryAttention):
     """State: that of attention with a window; `gates` `[B, S + W, H, 2]` of the tokens in it; and `memory` `[B, H, K, K]`."""
 
+    token_states = (*RotaryAttention.token_states, "gates")
+
     traits = Traits()
 
     def __init__(self, config: AHNConfig, layer: int):

@@ -36,6 +36,7 @@ from zoo.train import (
     documents,
     finetune,
     forward_flops,
+    learn_states,
     lora_coverage,
     parse,
     pretrain,
@@ -392,6 +393,18 @@ def test_parts_are_trained_alone(pretrained, tmp_path):
     assert trainer.state.global_step == 2
 
 
+def test_states_are_learned_alone(pretrained, tmp_path):
+    tune(pretrained[0], tmp_path / "out", "--lora_r", "0", "--merge", "False", "--learn_state", "True")
+    before, after = zoo.from_pretrained(pretrained[0]).state_dict(), zoo.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert sorted(after.keys() - before.keys()) == [f"model.layers.{i}.start.values.memory" for i in range(2)]
+    assert all(after[name].any() for name in after.keys() - before.keys())
+    with pytest.raises(ValueError, match="TransformerForCausalLM has no states to learn"):
+        learn_states(zoo.from_config("transformer-tiny"))
+    with pytest.raises(ValueError, match="either --lora_r, or"):
+        tune(pretrained[0], tmp_path / "both", "--learn_state", "True")
+
+
 def test_a_signal_saves_a_checkpoint_and_resuming_needs_the_same_run(tmp_path):
     class Signal(StopAt):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -532,7 +545,7 @@ def test_parts_that_do_not_exist_are_named():
 
 def test_finetuning_refuses_contradictions(pretrained, tmp_path):
     for flags, message in (
-        (["--train_only", "*"], "either --lora_r or --train_only"),
+        (["--train_only", "*"], "either --lora_r, or --train_only"),
         (["--lora_r", "0"], "--merge adds adapters .* give --lora_r"),
         (["--lora_target_modules", "q_prj"], "'q_prj' matches no linear layer .*did you mean 'q_proj'"),
     ):

@@ -43,6 +43,7 @@ class ZooConfig(PreTrainedConfig):
     post_norm: bool = False  # normalise after the residual sum instead of before the mixer
     input_norms: bool = True  # False: no norm before the mixers (with `output_norms`, so that there is one behind)
     first_norm: bool = True  # False: no norm before the first mixer (with `embedding_norm`, so that its input is normalised)
+    learned_state: bool = False  # sequences begin from learned states (not of attention, which holds single tokens)
     output_norms: bool = False  # norms also on what both mixers return, before it is added
     parallel_residual: bool = False  # both mixers read the block's input, each through its own norm
     residual_weights: list[float] | None = None  # a, b of the mixer's sum `a x + b y`, then of the channel mixer's; None: all 1

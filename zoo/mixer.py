@@ -47,6 +47,7 @@ class Mixer(Layer):
 
     traits: ClassVar[Traits] = Traits()
     lora_targets: ClassVar[tuple[str, ...]] = ()  # names of the projections worth adapting
+    token_states: ClassVar[tuple[str, ...]] = ("k", "v")  # tensors of the state made of single tokens, unread until those come
 
     def __init__(self, config: ZooConfig, layer: int):
         super().__init__()

@@ -89,6 +89,9 @@ class ZooModel(ZooPreTrainedModel):
         for index, mixer in enumerate(mixers):
             if mixer is not None:
                 mixer.borrow(mixers[:index])
+        if config.learned_state:
+            for block in self.layers:
+                block.learn_state()
         self.norm = nn.Identity() if config.post_norm else make_norm(config.norm, config.hidden_size, config.norm_eps)
         self.pooler = None if config.pooler_args is None else Transform(config, **config.pooler_args)
         self.gradient_checkpointing = False

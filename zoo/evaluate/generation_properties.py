@@ -1,5 +1,6 @@
 """The battery, third part: properties of caches and generation. Importing this file enters them among the model properties."""
 
+import tempfile
 from collections.abc import Callable
 
 import torch
@@ -79,6 +80,37 @@ def declared_bytes_are_held(subject: Subject) -> None:
             addresses.append({(i, n): t.data_ptr() for i, layer in enumerate(cache.layers) for n, t in layer.state.items()})
         moved = [key for key in addresses[0] if addresses[0][key] != addresses[1][key]]
         assert not moved, f"states move during decoding: {moved}"
+
+
+@of_generators
+def begins_from_learned_states(subject: Subject) -> None:
+    """Learned states are at first those of nothing seen; packed, padded, cached and loaded again they begin every sequence."""
+    plain_model, ids = subject.model(), subject.tokens(2, 9)
+    fresh = subject.model(learned_state=True, push=False)
+    starts = {name for name in fresh.state_dict() if ".start." in name}
+    fresh.load_state_dict(plain_model.state_dict(), strict=False)
+    with torch.no_grad():
+        plain, wide = twice(lambda: plain_model(ids).logits), subject.model(dtype=torch.float64)(ids).logits
+        assert_close(fresh(ids).logits, plain, wide, "from states that have learned nothing")
+    if not starts:
+        return
+    model, exact = (subject.model(learned_state=True, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    with torch.no_grad():
+        plain, wide = twice(lambda: model(ids, use_cache=False).logits), exact(ids, use_cache=False).logits
+        first = model(ids[:, :4], use_cache=True)
+        rest = model(ids[:, 4:], past_key_values=first.past_key_values)
+        assert_close(torch.cat([first.logits, rest.logits], dim=1), plain, wide, "with a cache")
+        packed = model(ids.reshape(1, -1), cu_seq_lens_q=torch.tensor([0, 9, 18]), use_cache=False)
+        assert_close(packed.logits.view_as(wide), plain, wide, "packed")
+        settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD, "attention_mask": torch.ones_like(ids)}
+        assert torch.equal(model.generate(ids, **settings), model.generate(ids, **settings, cache_implementation="static"))
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            assert_close(type(model).from_pretrained(folder)(ids, use_cache=False).logits, plain, wide, "loaded again")
+    model(ids, labels=ids).loss.backward()
+    for block in model.model.layers:
+        gradients = [] if block.start is None else [value.grad for value in block.start.parameters()]
+        assert not gradients or any(g is not None and g.any() for g in gradients), "a learned state has no gradient"
 
 
 @of_generators

@@ -7,7 +7,7 @@
 promises is measured in docs/training.md.
 """
 
-from zoo.train.adapt import Coverage, add_lora, choose_parameters, lora_coverage
+from zoo.train.adapt import Coverage, add_lora, choose_parameters, learn_states, lora_coverage
 from zoo.train.arguments import DataArguments, FinetuneArguments, PretrainArguments, RunArguments, parse
 from zoo.train.data import Rows, collate, documents, text_rows, token_rows
 from zoo.train.display import Display
@@ -18,6 +18,6 @@ from zoo.train.trainer import ZooTrainer
 __all__ = [
     "Coverage", "DataArguments", "Display", "FinetuneArguments", "Meter", "PretrainArguments", "Rows", "RunArguments",
     "ZooTrainer", "add_lora",
-    "byte_tokenizer", "choose_parameters", "collate", "documents", "finetune", "forward_flops", "lora_coverage", "parse",
+    "byte_tokenizer", "choose_parameters", "collate", "documents", "finetune", "forward_flops", "learn_states", "lora_coverage", "parse",
     "pretrain", "text_rows", "token_rows", "train",
 ]  # fmt: skip

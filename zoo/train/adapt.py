@@ -88,6 +88,19 @@ def add_lora(model: nn.Module, targets: Iterable[str], *, r: int, alpha: float |
     return get_peft_model(model, settings), coverage
 
 
+def learn_states(model: nn.Module) -> None:
+    """Let every sequence begin from learned states, at first those of nothing seen; they are saved with the model.
+
+    Raises:
+        ValueError: no layer has a state to learn.
+    """
+    for block in model.base_model.layers:
+        block.learn_state()
+    if not any(block.start for block in model.base_model.layers):
+        raise ValueError(f"a {type(model).__name__} has no states to learn: attention holds single tokens; adapt its weights instead")
+    model.config.learned_state = True
+
+
 def choose_parameters(model: nn.Module, train_only: Iterable[str] = (), freeze: Iterable[str] = ()) -> None:
     """Freeze every parameter whose name matches none of `train_only` (if there are any) or one of `freeze`; patterns as in a shell.
 

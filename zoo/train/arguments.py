@@ -86,6 +86,9 @@ class FinetuneArguments:
         metadata={"help": "What gets adapters: mixers, channel_mixers, or names of linear layers; by default all that these declare."},
     )
     merge: bool = field(default=False, metadata={"help": "Add the adapters to the weights at the end, and save the whole model."})
+    learn_state: bool = field(
+        default=False, metadata={"help": "Learn the states that sequences begin from; nothing else, unless --train_only says so."}
+    )
     train_only: list[str] = field(default_factory=list, metadata={"help": "Parameters that are trained, as patterns: '*.mixer.*'."})
     freeze: list[str] = field(default_factory=list, metadata={"help": "Parameters that are not: 'model.embed_tokens.*'."})
 

@@ -14,7 +14,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from zoo.auto import from_config, from_pretrained
 from zoo.convert.texts import pydoc_topics
-from zoo.train.adapt import add_lora, choose_parameters
+from zoo.train.adapt import add_lora, choose_parameters, learn_states
 from zoo.train.arguments import DataArguments, FinetuneArguments, PretrainArguments, RunArguments, check_output
 from zoo.train.data import Rows, check_ids, documents, pieces, text_rows, token_rows
 from zoo.train.display import Display, draw, summary
@@ -42,8 +42,8 @@ def finetune(args: RunArguments, data: DataArguments, part: FinetuneArguments, s
     """Train a model further, whole or in part, or adapters of it; see `train`."""
     if part.model_name_or_path is None:
         raise ValueError("name what to train further: --model_name_or_path, a folder or Hub id")
-    if part.lora_r and (part.train_only or part.freeze):
-        raise ValueError("adapters leave all weights as they are; give either --lora_r or --train_only and --freeze")
+    if part.lora_r and (part.train_only or part.freeze or part.learn_state):
+        raise ValueError("adapters leave all weights as they are; give either --lora_r, or --train_only, --freeze and --learn_state")
     if part.merge and not part.lora_r:
         raise ValueError("--merge adds adapters to the weights, but there are none; give --lora_r too")
     set_seed(args.seed)
@@ -54,7 +54,9 @@ def finetune(args: RunArguments, data: DataArguments, part: FinetuneArguments, s
         if args.process_index == 0:
             say(f"LoRA: {coverage}")
     else:
-        choose_parameters(model, part.train_only, part.freeze)
+        if part.learn_state:
+            learn_states(model)
+        choose_parameters(model, part.train_only or ["*.start.*"] * part.learn_state, part.freeze)
     return train(args, data, model, tokenizer, say, merge=part.merge)
 
 
