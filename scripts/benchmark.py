@@ -4,6 +4,7 @@ python scripts/benchmark.py kernels               # on this CPU: every operator 
 python scripts/benchmark.py gpu --warm            # every operator and backend against the other libraries that are installed
 python scripts/benchmark.py gpu --cases "decay by token" --peers fla --output results
 python scripts/benchmark.py train                 # tokens per second that models learn from, beside others of the same size
+python scripts/benchmark.py merge FOLDER ... -o FOLDER   # several runs on one page
 python scripts/benchmark.py loading               # resident memory at its most while checkpoints are loaded
 
 `COMMAND --help` explains a command.
@@ -11,6 +12,7 @@ python scripts/benchmark.py loading               # resident memory at its most 
 
 import argparse
 import dataclasses
+import json
 import os
 import platform
 import shlex
@@ -65,21 +67,16 @@ def gpu(args: argparse.Namespace) -> None:
                 firsts[label, name] = seconds
                 print(f"{label}: {name}, {why or f'first call {seconds:.2f} s'}", file=sys.stderr, flush=True)
         clock = Clock(args.device, args.seconds)
-        facts = {"command": command(), "host": report.host(args.device), "bandwidth": clock.rate, "dtype": args.dtype, "warm": args.warm}
-        print(f"{', '.join(facts['host'].values())}: memory copied at {clock.rate / 1e9:,.0f} GB/s\n", flush=True)
-        tables, rows = [], []
+        results = started_here(args, bandwidth=clock.rate)
+        print(f"{results['host']['device']}: memory copied at {clock.rate / 1e9:,.0f} GB/s\n", flush=True)
         for case in cases:
-            found = list(measure(case, contenders(case, backends, peers), clock, dtype, args.unguarded))
-            for row in found:
+            rows = list(measure(case, contenders(case, backends, peers), clock, dtype, args.unguarded))
+            for row in rows:
                 row.first = firsts.get((row.case, row.contender)) or row.first
-            tables.append(report.table(found))
-            rows += found
-            print(f"{tables[-1]}\n", flush=True)
+            results["rows"] += map(dataclasses.asdict, rows)
+            print(f"{report.table(rows)}\n", flush=True)
             if args.output:  # as far as it has come, should the time run out
-                text = report.page("Operators", facts, tables, report.opening(clock.rate, args.dtype, args.warm, args.unguarded))
-                report.write(args.output, "operators", facts, [row.asdict() for row in rows], text)
-        if args.output:
-            print(f"wrote {report.draw(report.bars(rows), 'ms, forward and backward', report.title(facts), args.output / 'operators.png')}")
+                report.operators(args.output, results, picture=case is cases[-1])
         print(f"{time.monotonic() - started:.0f} s")
 
 
@@ -87,26 +84,23 @@ def train(args: argparse.Namespace) -> None:
     """Tokens per second that models learn from: forward and backward, no optimizer, beside others of the same size."""
     if args.unguarded:
         lift_guard()
-    clock, rows = Clock(args.device, rate=1.0), []
+    clock, rows, results = Clock(args.device, rate=1.0), [], started_here(args)
     settings = dict(batch=args.batch, length=args.length, dtype=getattr(torch, args.dtype), steps=args.steps)
-    facts = {"command": command(), "host": report.host(args.device), "checkpointing": args.checkpointing}
-    facts |= {name: value for name, value in settings.items() if name != "dtype"} | {"dtype": args.dtype}
     for who in throughput.contenders(args.models, peers=clock.cuda and args.peers != ["none"]):
         rows.append(throughput.throughput(who, clock, **settings, checkpointing=args.checkpointing))
+        results["rows"].append(dataclasses.asdict(rows[-1]))
         clock.clean()
-        print(" | ".join(throughput.cells(rows[-1])), rows[-1].note, flush=True)
-    table = report.grid(throughput.HEADER, [throughput.cells(row) for row in rows])
-    notes = "\n".join(f"- {row.model}, {row.library}: {row.note}" for row in rows if row.note)
-    print(f"\n{table}\n{notes}")
-    if args.output:
-        report.write(
-            args.output, "training", facts, [dataclasses.asdict(row) for row in rows], report.page("Training", facts, [table, notes])
-        )
-        speeds = {row.model: {} for row in rows if row.tokens_per_second}
-        for row in rows:
-            if row.tokens_per_second:
-                speeds[row.model][row.library] = row.tokens_per_second
-        print(f"wrote {report.draw(speeds, 'tokens per second', report.title(facts), args.output / 'training.png')}")
+        print(f"{who.name}, {who.library}: {rows[-1].note or f'{rows[-1].tokens_per_second:,.0f} tokens/s'}", flush=True)
+        if args.output:
+            throughput.save(args.output, results)
+    print(f"\n{throughput.table(rows)}")
+
+
+def merge(args: argparse.Namespace) -> None:
+    """Make one page of several runs' results on one machine; a case that was measured again counts as it was last. Draw pictures."""
+    for name, key, save in (("operators", "case", report.operators), ("training", "model", throughput.save)):
+        if files := [path for folder in args.folders if (path := folder / f"{name}.json").exists()]:
+            print(f"wrote {', '.join(map(str, save(args.output, report.merge(files, key))))}")
 
 
 def loading(args: argparse.Namespace) -> None:
@@ -129,19 +123,24 @@ def command() -> str:
     return f"python scripts/benchmark.py {shlex.join(sys.argv[1:])}"
 
 
+def started_here(args: argparse.Namespace, **facts) -> dict:
+    """Results without rows yet."""
+    return {"host": report.host(args.device), "dtype": args.dtype, "runs": [{"command": command(), **facts}], "rows": []}
+
+
 def save(args: argparse.Namespace, results: dict) -> None:
     if args.output:
-        report.write_json(args.output, results)
+        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(run, output: str) -> argparse.ArgumentParser:
+    def add(run, output: str, required: bool = False) -> argparse.ArgumentParser:
         one = commands.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         one.set_defaults(run=run)
-        one.add_argument("-o", "--output", type=Path, help=output)
+        one.add_argument("-o", "--output", type=Path, required=required, help=output)
         return one
 
     kernel = add(kernels, "write the results here as JSON")
@@ -168,6 +167,8 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument("--unguarded", action="store_true", help="run what fla refuses to on this GPU, and time what is wrong too")
     for one, device in ((kernel, "cpu"), (whole_gpu, "cuda"), (training, "cuda")):
         one.add_argument("--device", default=device, help=f"(default: {device})")
+    merging = add(merge, "folder for what comes of it", required=True)
+    merging.add_argument("folders", nargs="+", type=Path, help="of earlier runs, the oldest first")
     add(loading, "write the results here as JSON").add_argument("--size", type=float, default=1e9, help="bytes of the checkpoint to load")
     return whole
 

@@ -1,5 +1,6 @@
 """Benchmarks: every case runs, what is wrong has no time, and tables say what was measured."""
 
+import dataclasses
 import json
 import math
 
@@ -127,7 +128,6 @@ def test_tables():
     lines = report.table(rows).splitlines()
     assert lines[0] == "### scan, B1" and len({len(line) for line in lines[2:9]}) == 1
     assert lines[-2:] == ["- zoo fused: the host spends 40 us on a call, 90 us with backward", "- zoo chunked: OutOfMemoryError: too large"]
-    assert report.bars(rows)["scan, B1"] == {"zoo fused": 2.0, "one": 5.0, "two": 8.0, "other": 0.1}
 
 
 def test_operators_are_benchmarked_by_command(tmp_path, capsys):
@@ -152,8 +152,27 @@ def test_operators_are_benchmarked_by_command(tmp_path, capsys):
     results, text = json.loads((tmp_path / "operators.json").read_text()), (tmp_path / "operators.md").read_text()
     assert "first call" in shown.err and shown.out.count("###") == text.count("###") == len({row["case"] for row in results["rows"]})
     assert all(row["both"] and row["first"] for row in results["rows"]) and results["host"]["torch"] == torch.__version__
-    assert "--cases 'linear_attention, decay by token'" in results["command"] and results["command"] in text
+    (ran,) = results["runs"]
+    assert "--cases 'linear_attention, decay by token'" in ran["command"] and ran["command"] in text and ran["bandwidth"] > 0
     assert (tmp_path / "operators.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_runs_are_merged(tmp_path):
+    def run(name: str, **both: float) -> dict:
+        rows = [dataclasses.asdict(Row(case, "zoo chunked", True, forward=1.0, both=time)) for case, time in both.items()]
+        return {"host": {"device": "X"}, "dtype": "bfloat16", "runs": [{"command": name, "bandwidth": 1e9}], "rows": rows}
+
+    folders = [tmp_path / name for name in "abc"]
+    for folder, results in zip(folders, (run("a", scan=1.0, sort=2.0), run("b", sort=3.0), run("c", sum=4.0)), strict=True):
+        report.operators(folder, results)
+    assert main(["bench", "merge", *map(str, folders), "-o", str(tmp_path / "all")]) == 0
+    merged = json.loads((tmp_path / "all" / "operators.json").read_text())
+    assert [ran["command"] for ran in merged["runs"]] == ["a", "b", "c"]
+    assert [(row["case"], row["both"]) for row in merged["rows"]] == [("scan", 1.0), ("sort", 3.0), ("sum", 4.0)]
+    assert (tmp_path / "all" / "operators.png").exists()
+
+    report.operators(folders[2], run("c", sum=4.0) | {"dtype": "float32"})
+    assert main(["bench", "merge", *map(str, folders), "-o", str(tmp_path / "other")]) == 2
 
 
 def test_training_is_benchmarked_by_command(tmp_path, capsys):

@@ -5,7 +5,7 @@ import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -43,9 +43,6 @@ class Row:
     note: str = ""
     host_forward: float | None = None
     host_both: float | None = None
-
-    def asdict(self) -> dict:
-        return asdict(self)
 
 
 class Contender(NamedTuple):
@@ -140,8 +137,9 @@ def gradients(out: Tensor, inputs: dict[str, Tensor], cotangent: Tensor) -> dict
 def check(row: Row, run: Callable[..., Tensor], arrange: Callable[..., tuple], right: Truth) -> None:
     """Write errors into the row, and under `wrong` what the rule of closeness does not allow."""
     out = run(*arrange(**right.inputs))
+    dtype = right.cotangent.dtype  # also of gradients in float32, which are sums of products in this one
     row.forward_error = relative(out, right.exact[0])
-    row.wrong = complaint(out.detach(), right.plain[0], right.exact[0], "output")
+    row.wrong = complaint(out.detach(), right.plain[0], right.exact[0], "output", dtype=dtype)
     if row.wrong:
         return
     try:
@@ -150,8 +148,8 @@ def check(row: Row, run: Callable[..., Tensor], arrange: Callable[..., tuple], r
         row.wrong = f"gradients: {failure(error)}"
         return
     row.gradient_error = max(relative(found[name], exact) for name, exact in right.exact[1].items())
-    wrong = (complaint(found[n], right.plain[1][n], exact, f"gradient of {n}", gradient=True) for n, exact in right.exact[1].items())
-    row.wrong = "; ".join(filter(None, wrong))
+    triples = {f"gradient of {name}": (found[name], right.plain[1][name], exact) for name, exact in right.exact[1].items()}
+    row.wrong = "; ".join(filter(None, (complaint(*triple, what, gradient=True, dtype=dtype) for what, triple in triples.items())))
 
 
 def complaint(result: Tensor, plain: Tensor, exact: Tensor, what: str, **options) -> str:

@@ -1,5 +1,6 @@
 """Results as a table, as JSON and as a picture."""
 
+import importlib.util
 import json
 import platform
 from collections.abc import Sequence
@@ -94,48 +95,74 @@ def table(rows: Sequence[Row]) -> str:
     return "\n\n".join(filter(None, [heading, grid(HEADER, [cells(row, rows) for row in rows]), listed]))
 
 
-def page(title: str, facts: dict, tables: Sequence[str], opening: str = "") -> str:
-    """All tables under what they were measured on."""
-    machine = ", ".join(f"{name} {value}" if name != "device" else value for name, value in facts["host"].items())
-    return "\n\n".join(filter(None, [f"# {title}", f"    {facts['command']}", f"{machine}.", opening, *tables])) + "\n"
-
-
-def opening(rate: float, dtype: str, warm: bool, unguarded: bool) -> str:
+def opening(results: dict) -> str:
     """What the columns of `table` mean."""
-    first = "in a process of its own, with an empty cache and beside others" if warm else "in this process, with an empty cache"
-    text = f"""Inputs in {dtype}, medians, one run. `of the floor`: the share of the time in which memory, copied at {rate / 1e9:,.0f} GB/s,
-could be read for every input and written for every output once, forward and with backward. `against the best peer`: its time over
-ours, likewise. `first call`: forward and backward {first}. `extra`: what forward and backward
-allocate at their most. `error`: relative, L2, against the definition in float64, of small inputs; what the rule of closeness does
-not allow has no time."""
-    return text + (" Other libraries' wrong results are timed all the same, in parentheses." if unguarded else "")
+    rates = " and ".join(dict.fromkeys(f"{run['bandwidth'] / 1e9:,.0f}" for run in results["runs"]))
+    text = f"""Inputs in {results["dtype"]}, medians, all of a case in one run. `against the best peer`: its time over ours, forward and
+with backward. `of the floor`: the share of the time in which memory, copied at {rates} GB/s, could be read for every input and
+written for every output once. `first call`: of forward and backward in a process with an empty cache, where kernels that earlier
+rows share are compiled already; after `--warm` in a process of its own beside others. `extra`: what forward and backward allocate
+at their most. `error`: relative, L2, against the definition in float64, of small inputs; what the rule of closeness does not
+allow has no time."""
+    doubtful = any("--unguarded" in run["command"] for run in results["runs"])
+    return text + (" Other libraries' wrong results were timed all the same, in parentheses." if doubtful else "")
 
 
-def title(facts: dict) -> str:
-    return f"{facts['host']['device']}, {facts['dtype']}"
+def operators(folder: Path, results: dict, picture: bool = True) -> list[Path]:
+    """Write the results of `measure` as `operators.json`, .md and .png: see `write`."""
+    cases: dict[str, list[Row]] = {}
+    for row in results["rows"]:
+        cases.setdefault(row["case"], []).append(Row(**row))
+    bars = {
+        case: {row.contender + (" (wrong)" if row.wrong else ""): row.both for row in rows if row.both is not None}
+        for case, rows in cases.items()
+    }
+    text = page("Operators", results, opening(results), *map(table, cases.values()))
+    return write(folder, "operators", results, text, bars if picture else {}, "ms, forward and backward")
 
 
-def bars(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
-    """Case -> contender -> milliseconds, forward and backward."""
-    found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row.both is not None:
-            found.setdefault(row.case, {})[row.contender + (" (wrong)" if row.wrong else "")] = row.both
-    return found
+def page(title: str, results: dict, *parts: str) -> str:
+    """Text and tables under what they were measured on."""
+    machine = ", ".join(value if name == "device" else f"{name} {value}" for name, value in results["host"].items())
+    commands = "\n".join(f"    {run['command']}" for run in results["runs"])
+    return "\n\n".join(filter(None, [f"# {title}", commands, f"{machine}.", *parts])) + "\n"
 
 
-def write_json(path: Path, results: dict) -> None:
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+def write(folder: Path, name: str, results: dict, text: str, bars: dict[str, dict[str, float]], unit: str) -> list[Path]:
+    """`name`.json, `name`.md and, where matplotlib is installed, `name`.png in the folder.
 
-
-def write(folder: Path, name: str, facts: dict, rows: Sequence[dict], text: str) -> None:
-    """`name`.json and `name`.md in the folder."""
+    Args:
+        results: `host` and `dtype`, the `runs` with their commands, and all `rows`.
+        bars: of the picture, group -> name -> value in this unit; none without any.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{name}.json", facts | {"rows": list(rows)})
-    (folder / f"{name}.md").write_text(text, encoding="utf-8")
+    paths = [folder / f"{name}.{kind}" for kind in ("json", "md", "png")]
+    paths[0].write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    paths[1].write_text(text, encoding="utf-8")
+    bars = {group: values for group, values in bars.items() if values}
+    if not bars or importlib.util.find_spec("matplotlib") is None:
+        return paths[:2]
+    draw(bars, unit, f"{results['host']['device']}, {results['dtype']}", paths[2])
+    return paths
 
 
-def draw(bars: dict[str, dict[str, float]], label: str, title: str, path: Path) -> Path:
+def merge(files: Sequence[Path], key: str) -> dict:
+    """Several runs' results as one. Where two have the same row[key] (a case, say), all rows of the later run stand.
+
+    Raises:
+        ValueError: they are not of the same machine, versions and dtype.
+    """
+    first, *others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
+    for file, more in zip(files[1:], others, strict=True):
+        if differing := [name for name in ("host", "dtype") if more[name] != first[name]]:
+            raise ValueError(f"{file} has another {differing[0]} than {files[0]}: {more[differing[0]]}, not {first[differing[0]]}")
+        again = {row[key] for row in more["rows"]}
+        first["rows"] = [row for row in first["rows"] if row[key] not in again] + more["rows"]
+        first["runs"] += more["runs"]
+    return first
+
+
+def draw(bars: dict[str, dict[str, float]], label: str, title: str, path: Path) -> None:
     """Group -> name -> value as horizontal bars; `label` names their unit. Needs matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -158,4 +185,3 @@ def draw(bars: dict[str, dict[str, float]], label: str, title: str, path: Path) 
     axes.invert_yaxis()
     axes.legend(fontsize=7)
     FigureCanvasAgg(figure).print_png(path)
-    return path

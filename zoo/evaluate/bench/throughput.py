@@ -4,8 +4,9 @@ import importlib
 import importlib.util
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from zoo.auto import from_config
 from zoo.config import ZooConfig
+from zoo.evaluate.bench import report
 from zoo.evaluate.bench.measure import Clock, failure
 from zoo.registry import build_config, get
 
@@ -124,7 +126,24 @@ def throughput(
     return row
 
 
+OPENING = """Forward and backward on random tokens, no optimizer; medians. The loss is taken as each library's trainer takes it: ours
+in chunks of tokens, the others' from all logits at once."""
 HEADER = ("model", "library", "parameters", "first step, s", "step, ms", "tokens/s", "peak, GiB", "loss")
+
+
+def save(folder: Path, results: dict) -> list[Path]:
+    """Write rows as `training.json`, .md and .png: see `report.write`."""
+    rows, speeds = [Row(**row) for row in results["rows"]], {}
+    for row in rows:
+        if row.tokens_per_second:
+            speeds.setdefault(row.model, {})[row.library] = row.tokens_per_second
+    return report.write(folder, "training", results, report.page("Training", results, OPENING, table(rows)), speeds, "tokens per second")
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Of all models, and below it what went wrong."""
+    notes = "\n".join(f"- {row.model}, {row.library}: {row.note}" for row in rows if row.note)
+    return "\n\n".join(filter(None, [report.grid(HEADER, [cells(row) for row in rows]), notes]))
 
 
 def cells(row: Row) -> list[str]:
