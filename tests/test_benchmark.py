@@ -93,6 +93,14 @@ def test_what_is_wrong_has_no_time():
     assert "- torch.larger: WRONG, output: off by" in text and "x / " in text
 
 
+def test_what_is_not_finite_at_full_size_has_no_time():
+    overflowing = ("overflowing", lambda o: o if o.shape[1] == 8 else o / 0)
+    case, _, clock, dtype = raced([overflowing])
+    case = dataclasses.replace(case, small={"T": 8})
+    _, row = measure(case, contenders(case, ["chunked"]), clock, dtype)
+    assert row.wrong == "output not finite at full size" and row.forward is row.both is None
+
+
 def test_wrong_peers_are_timed_on_request_in_parentheses():
     rows = list(measure(*raced(WRONG), keep_wrong=True))
     larger, misled, refused = rows[2:]

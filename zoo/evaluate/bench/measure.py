@@ -44,6 +44,11 @@ class Row:
     host_forward: float | None = None
     host_both: float | None = None
 
+    @property
+    def reads(self) -> bool:
+        """Whether the output is right, whatever the gradients are."""
+        return not self.wrong or self.wrong.startswith("gradient")
+
 
 class Contender(NamedTuple):
     """Whoever computes a case: `run(*arrange(**inputs))`; `definition(**inputs)` says what is right."""
@@ -102,6 +107,7 @@ def measure(case: Case, who: list[Contender], clock: "Clock", dtype: torch.dtype
             key = contender.name if contender.anchor else ""  # an anchor has a definition of its own
             truths[key] = truths.get(key) or truth(case, contender.definition, clock.device, dtype)
             check(row, run, contender.arrange, truths[key])
+            row.wrong = row.wrong or started.wrong
             started.time(row, wrong_too=keep_wrong and not contender.ours)
         except BackendError as error:
             row.note = str(error)
@@ -183,12 +189,14 @@ class Problem:
         out = self.run(*self.arguments)
         self.written = out.nbytes
         self.cotangent = torch.empty_like(out).normal_()
-        self.refused = ""
+        self.refused, grads = "", ()
         try:
-            torch.autograd.grad(out, self.leaves, self.cotangent)
+            grads = torch.autograd.grad(out, self.leaves, self.cotangent)
         except Exception as error:  # told by the check, which asks for gradients again
             self.refused = failure(error)
         self.first = clock.now() - start
+        infinite = [what for what, x in [("output", out), *(("gradients", x) for x in grads)] if not torch.isfinite(x).all()]
+        self.wrong = f"{infinite[0]} not finite at full size" if infinite else ""
 
     def forward(self) -> None:
         with torch.no_grad():
@@ -199,13 +207,11 @@ class Problem:
 
     def time(self, row: Row, wrong_too: bool = False) -> None:
         """Write times into the row: none of what is wrong, unless it is asked for."""
-        right = not row.wrong
-        reads = row.wrong.startswith("gradient")  # the output is right, then
-        if right or reads or wrong_too:
+        if row.reads or wrong_too:
             row.forward_floor = self.clock.floor(self.read + self.written)
             row.forward = self.clock.median(self.forward)
             row.host_forward = self.clock.enqueue(self.forward) if self.host else None
-        if (right or wrong_too) and not self.refused:
+        if (not row.wrong or wrong_too) and not self.refused:
             row.both_floor = self.clock.floor(2 * (self.read + self.written) + self.learned)
             row.both = self.clock.median(self.both)
             row.host_both = self.clock.enqueue(self.both) if self.host else None

@@ -50,12 +50,11 @@ def cells(row: Row, rows: Sequence[Row]) -> list[str]:
         text = "" if value is None else format(factor * value, pattern)
         return f"({text})" if text and doubtful else text
 
-    unread = bool(row.wrong) and not row.wrong.startswith("gradient")
     shares = [floor / time if floor and time else None for floor, time in ((row.forward_floor, row.forward), (row.both_floor, row.both))]
     pair = [f"{x:.2f}x" if x else "" for x in ratios(row, rows)]
     return [
         row.contender,
-        number(row.forward, ".3f", doubtful=unread),
+        number(row.forward, ".3f", doubtful=not row.reads),
         number(row.both, ".3f", doubtful=bool(row.wrong)),
         " / ".join(pair) if any(pair) else "",
         " / ".join(number(x, ".0%") for x in shares) if any(shares) else "",

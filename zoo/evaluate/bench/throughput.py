@@ -19,6 +19,7 @@ from zoo.evaluate.bench import report
 from zoo.evaluate.bench.measure import Clock, failure
 from zoo.registry import build_config, get
 
+NEEDS = {"mamba2": "mamba_ssm"}  # without which flash-linear-attention's model falls back to plain torch
 MODELS = ("gla-1.3b", "retnet-1.3b", "mamba2-1.3b")
 
 
@@ -55,7 +56,9 @@ def contenders(names: list[str], peers: bool) -> Iterator[Contender]:
     for name, config in configs.items():
         yield Contender(name, "zoo", lambda config=config: from_config(config), {"skip_logits": True})
         if peers and importlib.util.find_spec("fla") is not None and fla_layout(config) is not None:
-            yield Contender(name, "fla", lambda config=config: fla_model(config), {})
+            needed = NEEDS.get(config.name, "fla")
+            library = "fla" if importlib.util.find_spec(needed) is not None else f"fla without {needed}"
+            yield Contender(name, library, lambda config=config: fla_model(config), {})
     llama = llama_config(next(iter(configs.values())))
     build = lambda: LlamaForCausalLM._from_config(llama, attn_implementation="sdpa")  # noqa: E731
     yield Contender(f"llama, {llama.num_hidden_layers} layers of {llama.hidden_size}, SDPA", "transformers", build, {})
@@ -67,9 +70,12 @@ def fla_layout(config: ZooConfig):
 
 
 def fla_model(config: ZooConfig) -> nn.Module:
-    """Its model of the same sizes."""
+    """Its model of the same sizes; where ours has another channel mixer than its gated MLP, that has the width it has by default."""
     models, layout = importlib.import_module("fla.models"), fla_layout(config)
-    theirs = getattr(models, f"{layout.classes}Config")(**layout.config_back(config))
+    fields = layout.config_back(config)
+    if config.channel_mixer != "swiglu":
+        fields.pop("intermediate_size", None)
+    theirs = getattr(models, f"{layout.classes}Config")(**fields)
     return getattr(models, f"{layout.classes}ForCausalLM")(theirs)
 
 
