@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shlex
 import signal
 import sys
 import types
@@ -553,6 +554,16 @@ def test_finetuning_refuses_contradictions(pretrained, tmp_path):
             tune(pretrained[0], tmp_path, *flags)
     with pytest.raises(ValueError, match="name what to train further"):
         finetune(RunArguments(str(tmp_path), use_cpu=True), DataArguments(["x"]), FinetuneArguments(), say=lambda line: None)
+
+
+def test_the_readme_shows_flags_that_exist(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    kinds = {"pretrain": KINDS, "finetune": (RunArguments, DataArguments, FinetuneArguments)}
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    shown = [shlex.split(line, comments=True)[1:] for line in lines if line.startswith(("zoo pretrain", "zoo finetune"))]
+    assert {command for command, *_ in shown} == kinds.keys()
+    for command, *flags in shown:
+        assert parse(kinds[command], flags)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("accelerate_*.yaml")), ids=lambda path: path.stem)
