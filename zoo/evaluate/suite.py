@@ -144,7 +144,7 @@ def table(results: dict[str, list[dict]]) -> str:
         head = list(dict.fromkeys(name for row in rows for name in row))
         body = [[_cell(row.get(name, "")) for name in head] for row in rows]
         widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in [head, *body]]
+        lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in [head, *body]]
         blocks.append("\n".join([task, *(f"  {line}" for line in lines)]))
     return "\n\n".join(blocks)
 
