@@ -112,7 +112,7 @@ def test_rows_hold_every_document_once(tokenizer, tmp_path):
     texts = ["x" * length for length in (3, 60, 17, 100, 31, 1, 8)]
     made = jsonl_rows(write(tmp_path / "a.jsonl", *({"text": text} for text in texts)), tokenizer)
     lengths = sorted(length for row in made for length in row["lengths"])
-    assert lengths == sorted([4, 61, 18, 64, 37, 32, 2, 9])  # an end behind each, and the longest in two pieces
+    assert lengths == sorted([5, 62, 19, 64, 38, 33, 3, 10])  # with a beginning and an end, the longest in two pieces
     assert all(len(row["input_ids"]) <= 64 for row in made) and len(made) <= 5
     assert made.fingerprint() == jsonl_rows(str(tmp_path / "a.jsonl"), tokenizer).fingerprint()
     assert made.fingerprint() != jsonl_rows(str(tmp_path / "a.jsonl"), tokenizer, packing=False).fingerprint()
@@ -151,7 +151,7 @@ def test_only_completions_and_assistants_are_learned(tokenizer, tmp_path):
     )
     made = list(jsonl_rows(path, tokenizer, 128, packing=False))
     assert [tokenizer.decode(row["labels"][row["labels"] >= 0]) for row in made] == ["4<|end|>", "yé\n<|end|>", "b\n<|end|>b\n<|end|>"]
-    assert tokenizer.decode(made[0]["input_ids"]) == "2+2=4<|end|>"
+    assert tokenizer.decode(made[0]["input_ids"]) == "<|end|>2+2=4<|end|>"
 
 
 def test_tokenizers_in_python_read_the_same(tokenizer):
@@ -165,16 +165,6 @@ def test_tokenizers_in_python_read_the_same(tokenizer):
     assert encode(Slow(), "prompt", parts) == encode(tokenizer, "prompt", parts)
 
 
-def test_a_beginning_is_added_where_the_tokenizer_adds_one(tokenizer):
-    class Beginning(Slow := type("Slow", (), {"is_fast": False})):
-        bos_token_id, eos_token_id = 1, None
-
-        def __call__(self, text, add_special_tokens=True, **_):
-            return {"input_ids": [1] * add_special_tokens + list(text.encode())}
-
-    assert encode(Beginning(), "text", [("a", True)]) == ([1, 97], [False, True])
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -185,7 +175,7 @@ def test_a_beginning_is_added_where_the_tokenizer_adds_one(tokenizer):
         ('{"prompt": "a"}', "a.jsonl:2: expected"),
         ('{"messages": "hi"}', "a.jsonl:2: messages must be a list"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "a.jsonl:2: messages .* one at least the assistant's"),
-        ({"prompt": "a" * 64, "completion": "b"}, "a.jsonl:2: 66 tokens, but a row holds 64; raise --block_size, .*--drop_long"),
+        ({"prompt": "a" * 64, "completion": "b"}, "a.jsonl:2: 67 tokens, but a row holds 64; raise --block_size, .*--drop_long"),
     ],
 )
 def test_malformed_records_are_named(tokenizer, tmp_path, line, message):
@@ -263,14 +253,29 @@ def test_evaluation_counts_every_token_once_and_bytes(tokenizer, tmp_path):
         sum(trained(row["input_ids"][None], labels=row["labels"][None], num_items_in_batch=1).loss.detach() for row in made)
         for trained in (net, copy.deepcopy(net).double())
     )
-    count, size = sum(int((row["labels"] >= 0).sum()) for row in made), sum(int((row["labels"][1:] < 256).sum()) for row in made)
+    count, size = (
+        sum(int((row["labels"] >= 0).sum()) for row in made),
+        sum(int(((row["labels"] >= 0) & (row["labels"] < 256)).sum()) for row in made),
+    )
     for name, function in (
         ("loss", lambda x: x / count),
         ("perplexity", lambda x: (x / count).exp()),
         ("bits_per_byte", lambda x: x / np.log(2) / size),
     ):
         assert_close(torch.tensor(found[f"eval_{name}"]), function(total), function(exact), name)
-    assert size == sum(len("abc" * n) - 1 for n in (1, 9, 4, 30, 2)) - 1  # pieces of the one too long begin with one unpredicted
+    assert size == sum(len("abc" * n) for n in (1, 9, 4, 30, 2)) - 1  # the second piece of the longest begins with one unpredicted
+
+
+def test_processes_share_evaluation(tmp_path):
+    made, trainer = rows(), ZooTrainer(model(), RunArguments(str(tmp_path), use_cpu=True), rows())
+    batches = []
+    for rank in range(3):
+        trainer.args = types.SimpleNamespace(world_size=3, process_index=rank, per_device_eval_batch_size=2)
+        batches.append(list(trainer._shares(made)))
+    assert len({tuple(map(len, share)) for share in batches}) == 1, "every process must have as much to do"
+    seen = torch.cat([sample["labels"] for share in batches for batch in share for sample in batch])
+    expected = torch.cat([row["labels"] for row in made])
+    assert sorted(seen[seen >= 0].tolist()) == sorted(expected[expected >= 0].tolist())
 
 
 @pytest.mark.parametrize("name", zoo.list_channel_mixers())

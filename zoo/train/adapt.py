@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 
 from torch import nn
 
+from zoo.block import Block
 from zoo.config import nearest
 
 PARTS = ("mixers", "channel_mixers")
@@ -43,16 +44,12 @@ def lora_coverage(model: nn.Module, targets: Iterable[str] = ()) -> Coverage:
     """
     asked, coverage, matched = list(targets), Coverage(), Counter()
     targets = asked or PARTS
-    for prefix, block in model.named_modules():
-        if not (hasattr(block, "channel_mixer") and hasattr(block, "mixer")):
-            continue
-        for part, child in (("mixers", "mixer"), ("channel_mixers", "channel_mixer")):
-            module = getattr(block, child)
-            if module is None:
-                continue
-            kind, path = f"{child} {type(module).__name__}", f"{prefix}.{child}"
-            found = []
-            for name, linear in module.named_modules(prefix=path):
+    blocks = [(name, module) for name, module in model.named_modules() if isinstance(module, Block)]
+    for part, (path, block) in ((part, named) for named in blocks for part in PARTS):
+        module = getattr(block, part[:-1])
+        if module is not None:
+            kind, found = f"{part[:-1]} {type(module).__name__}", []
+            for name, linear in module.named_modules(prefix=f"{path}.{part[:-1]}"):
                 if isinstance(linear, nn.Linear):
                     hits = [target for target in targets if _hits(target, part, module, name)]
                     matched.update(hits)

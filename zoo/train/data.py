@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from zoo.generate import begin
+
 IGNORE = -100
 KINDS = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [{"role": ..., "content": ...}, ...]}'
 Piece = tuple[str, bool]  # some text, and whether the model learns to write it
@@ -149,8 +151,8 @@ def turns(messages: list, where: str, tokenizer) -> list[Piece]:
 def encode(tokenizer, kind: str, parts: list[Piece]) -> tuple[list[int], list[bool]]:
     """Token ids of a document, and which the model learns.
 
-    A text or completion begins with the beginning-of-sequence token where the tokenizer puts one, and ends with the
-    end-of-sequence token; a chat is what its template says. A token across two pieces belongs to the later one.
+    A text or completion begins as `zoo.generate` begins one, and ends with the end-of-sequence token; a chat is what its template
+    says. A token across two pieces belongs to the later one.
     """
     if tokenizer.is_fast:
         text = "".join(part for part, _ in parts)
@@ -164,10 +166,8 @@ def encode(tokenizer, kind: str, parts: list[Piece]) -> tuple[list[int], list[bo
         learned = [flag for some, (_, flag) in zip(read, parts, strict=True) for _ in some]
     if kind == "chat":
         return ids, learned
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if start is not None and tokenizer("a", verbose=False)["input_ids"][:1] == [start]:
-        ids, learned = [start, *ids], [False, *learned]
-    return (ids, learned) if end is None else ([*ids, end], [*learned, True])
+    before, behind = begin(tokenizer), [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    return before + ids + behind, [False] * len(before) + learned + [True] * len(behind)
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from zoo.block import Block
+
 # dense bfloat16 TFLOP/s from the vendors' data sheets, by a part of the device's name; the first that fits counts
-PEAKS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70, "V100": 125}
+PEAKS = {"B200": 2250, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "A10G": 70}
 
 
 def peak_flops() -> float | None:
@@ -28,9 +30,7 @@ def forward_flops(model: nn.Module, length: int) -> tuple[int, int]:
     The mixers count themselves (`Mixer.flops`), as do the channel mixers; the head is added, embeddings cost nothing.
     """
     total = frozen = 0
-    for block in model.modules():
-        if not (hasattr(block, "channel_mixer") and hasattr(block, "mixer")):
-            continue
+    for block in (module for module in model.modules() if isinstance(module, Block)):
         for part in (block.mixer, block.channel_mixer):
             if part is not None:
                 flops, weights = part.flops(length), [m.weight for m in part.modules() if isinstance(m, nn.Linear)]

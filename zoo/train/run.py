@@ -124,7 +124,7 @@ def open_tokenizer(data: DataArguments, model: str | None):
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """Every byte of UTF-8 is the token of its value; 256 ends a document."""
+    """Every byte of UTF-8 is the token of its value; 256 begins and ends a document."""
     tokenizer = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in bytes_to_unicode().items()}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
