@@ -17,7 +17,8 @@ Written by `python scripts/write_training.py`; the tests hold the same compariso
 
 {STEPS} steps of gradient descent on a hybrid of GLA, Mamba-2 and attention in float32, through the Trainer as a user runs it; the largest
 difference between any two weights afterwards, and the most that the rule of closeness allows it (`zoo/evaluate/closeness.py`). FSDP2
-runs without the Trainer there, on the CPU, because accelerate uses it on GPUs only.
+runs without the Trainer there, on the CPU, because accelerate uses it on GPUs only. Rows of one document each, as token files without an
+end token have them, compile to one graph; packed rows break it where their lengths are read.
 
 | compared | difference | allowed |
 |---|--:|--:|

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
+from peft import AutoPeftModelForCausalLM
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -350,8 +351,31 @@ def test_recipe_finetunes(pretrained, tmp_path):
     ids = torch.arange(20)[None]
     assert type(merged) is type(before) and (merged(ids).logits - before(ids).logits).abs().max() > 1e-4
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == TEMPLATE
-    tune(pretrained[0], tmp_path / "adapter", "--merge", "False")
-    assert (tmp_path / "adapter" / "adapter_config.json").is_file()
+    trained = tune(pretrained[0], tmp_path / "adapter", "--merge", "False").model.eval()
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(copy.deepcopy(loaded)(ids).logits, copy.deepcopy(trained)(ids).logits)
+
+
+def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(pretrained, tmp_path, monkeypatch):
+    step, lines = ZooTrainer.training_step, []
+
+    def interrupted(self, *args, **kwargs):
+        if self.state.global_step == 0:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ZooTrainer, "training_step", interrupted)
+        assert run(tmp_path, lines=lines).interrupted
+    assert (
+        lines[-1] == "interrupted after step 1; go on with --resume_from_checkpoint last"
+    assert not (tmp_path / "model.safetensors").exists()
+    )
+    assert not run(tmp_path, "--resume_from_checkpoint", "last").interrupted
+    whole, parts = (zoo.from_pretrained(folder).state_dict() for folder in (pretrained[0], tmp_path))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    tokens = [[e["tokens"] for e in json.loads((f / "losses.json").read_text()) if "tokens" in e] for f in (pretrained[0], tmp_path)]
+    assert tokens[0] == tokens[1]
 
 
 def test_mixed_precision_keeps_the_weights_wide(pretrained, tmp_path):
@@ -549,7 +573,7 @@ def test_parts_that_do_not_exist_are_named():
         choose_parameters(net, freeze=["*"])
 
 
-def test_finetuning_refuses_contradictions(pretrained, tmp_path):
+def test_finetuning_refuses_contradictions(pretrained, tmp_path, monkeypatch):
     for flags, message in (
         (["--train_only", "*"], "either --lora_r, or --train_only"),
         (["--lora_r", "0"], "--merge adds adapters .* give --lora_r"),
@@ -557,6 +581,9 @@ def test_finetuning_refuses_contradictions(pretrained, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             tune(pretrained[0], tmp_path, *flags)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match="adapters need the package peft; run: pip install peft"):
+        tune(pretrained[0], tmp_path)
     with pytest.raises(ValueError, match="name what to train further"):
         finetune(RunArguments(str(tmp_path), use_cpu=True), DataArguments(["x"]), FinetuneArguments(), say=lambda line: None)
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from importlib.util import find_spec
 
 from torch import nn
 
@@ -74,7 +75,9 @@ def _hits(target: str, part: str, module: nn.Module, name: str) -> bool:
 
 
 def add_lora(model: nn.Module, targets: Iterable[str], *, r: int, alpha: float | None = None, dropout: float = 0.0):
-    """The model with adapters on `targets` (see `lora_coverage`), and where they went. Needs the package peft."""
+    """The model with adapters on `targets` (see `lora_coverage`), and where they went."""
+    if find_spec("peft") is None:
+        raise ValueError("adapters need the package peft; run: pip install peft")
     from peft import LoraConfig, get_peft_model
 
     coverage = lora_coverage(model, targets)
