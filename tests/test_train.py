@@ -367,10 +367,8 @@ def test_a_run_that_was_interrupted_ends_as_if_it_had_not_been(pretrained, tmp_p
     with monkeypatch.context() as patch:
         patch.setattr(ZooTrainer, "training_step", interrupted)
         assert run(tmp_path, lines=lines).interrupted
-    assert (
-        lines[-1] == "interrupted after step 1; go on with --resume_from_checkpoint last"
+    assert lines[-1] == "interrupted after step 1; go on with --resume_from_checkpoint last"
     assert not (tmp_path / "model.safetensors").exists()
-    )
     assert not run(tmp_path, "--resume_from_checkpoint", "last").interrupted
     whole, parts = (zoo.from_pretrained(folder).state_dict() for folder in (pretrained[0], tmp_path))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
