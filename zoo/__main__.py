@@ -15,7 +15,7 @@ COMMANDS = {  # name: (file of scripts/, what it does)
     "convert": ("convert", "turn a pretrained transformer into a hybrid of other mixers"),
     "push": ("push_to_hub", "put a checkpoint on the Hub, with its card"),
     "pull": ("pull_from_hub", "fetch a checkpoint from the Hub into a folder"),
-    "bench": ("benchmark", "time operators, weigh loading"),
+    "bench": ("benchmark", "time operators and training beside other libraries, weigh loading"),
     "parity": ("parity", "prove checkpoint layouts against transformers"),
     "conformance": ("conformance", "put architectures through the battery of properties"),
 }

@@ -19,7 +19,7 @@ def within(backend: str, **inputs: Tensor) -> Tensor:
 
 
 SIZES = {"B": 4, "T": 8192, "H": 16, "K": 128, "V": 128}
-SMALL = {"B": 1, "T": WINDOW + 128, "H": 2}  # long enough for the window to hide something
+SMALL = {"B": 1, "T": WINDOW + 128}  # long enough for the window to hide something
 SLIDING = fla("parallel_attn", lambda q, k, v: (q, k, v), window_size=WINDOW)
 FOX = fla("parallel_forgetting_attn", lambda q, k, v, log_forget: (q, k, v, log_forget))
 

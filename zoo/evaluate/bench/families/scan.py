@@ -29,6 +29,6 @@ CHUNKED = fla("hgrn.chunk_hgrn", lambda x, log_decay: (x, log_decay))
 MAMBA = peer("mamba_ssm.ops.selective_scan_interface.selective_scan_fn", as_mamba, lambda y: y.transpose(1, 2))
 
 CASES = (
-    Case("scan", "HGRN", {"B": 4, "T": 8192, "D": 2048}, gated, (HGRN, CHUNKED), small={"B": 2, "T": 256, "D": 64}),
-    Case("selective_scan", "Mamba", {"B": 4, "T": 8192, "D": 4096, "N": 16}, selective, (MAMBA,), small={"B": 2, "T": 256, "D": 64}),
+    Case("scan", "HGRN", {"B": 4, "T": 8192, "D": 2048}, gated, (HGRN, CHUNKED)),
+    Case("selective_scan", "Mamba", {"B": 4, "T": 8192, "D": 4096, "N": 16}, selective, (MAMBA,)),
 )
