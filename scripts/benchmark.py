@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import safetensors
 import torch
@@ -53,12 +54,11 @@ def kernels(args: argparse.Namespace) -> None:
 def gpu(args: argparse.Namespace) -> None:
     """Every operator and backend against the other libraries that are installed, if their results are right."""
     started, dtype = time.monotonic(), getattr(torch, args.dtype)
-    sizes = {letter: int(size) for letter, _, size in (pair.partition("=") for pair in args.sizes)}
+    sizes = dict(args.sizes)
     cases, cuda = chosen(args.cases, sizes), torch.device(args.device).type == "cuda"
     backends = args.backends or (["fused", "chunked"] if cuda else ["chunked"])
     peers = [] if args.peers == ["none"] else args.peers if args.peers or cuda else ["torch."]
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # empty, so that first calls are
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache):  # empty: first calls compile
         if args.unguarded:
             lift_guard()
         firsts = {}
@@ -98,7 +98,10 @@ def train(args: argparse.Namespace) -> None:
 
 def merge(args: argparse.Namespace) -> None:
     """Make one page of several runs' results on one machine; a case that was measured again counts as it was last. Draw pictures."""
-    for name, key, save in (("operators", "case", report.operators), ("training", "model", throughput.save)):
+    kinds = (("operators", "case", report.operators), ("training", "model", throughput.save))
+    if not any((folder / f"{name}.json").exists() for folder in args.folders for name, *_ in kinds):
+        raise ValueError(f"neither operators.json nor training.json in {', '.join(map(str, args.folders))}")
+    for name, key, save in kinds:
         if files := [path for folder in args.folders if (path := folder / f"{name}.json").exists()]:
             print(f"wrote {', '.join(map(str, save(args.output, report.merge(files, key))))}")
 
@@ -116,6 +119,14 @@ def loading(args: argparse.Namespace) -> None:
         tqdm.write(f"{kind:<8} {dtype:<8} {result.shards} shards   {sizes}   {'within' if result.peak < result.bound else 'TOO MUCH'}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "safetensors": safetensors.__version__}
     save(args, {"command": command(), "host": versions, "rows": rows})
+
+
+def size_of(text: str) -> tuple[str, int]:
+    """`"T=64"` -> `("T", 64)`."""
+    letter, _, size = text.partition("=")
+    if not size.isdigit() or not int(size):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write a letter and a number, as in T=64")
+    return letter, int(size)
 
 
 def command() -> str:
@@ -150,7 +161,9 @@ def parser() -> argparse.ArgumentParser:
     kernel.add_argument("--seconds", type=float, default=2.0, help="how long to repeat each measurement (default: 2)")
     whole_gpu = add(gpu, "folder for operators.json, .md and .png")
     whole_gpu.add_argument("--cases", nargs="*", default=[], help="only those whose label contains one of these")
-    whole_gpu.add_argument("--sizes", nargs="*", default=[], metavar="LETTER=SIZE", help="other sizes for all cases: B=1 T=512")
+    whole_gpu.add_argument(
+        "--sizes", nargs="*", type=size_of, default=[], metavar="LETTER=SIZE", help="other sizes for all cases: B=1 T=512"
+    )
     whole_gpu.add_argument("--backends", nargs="*", choices=["fused", "chunked", "reference"], help="(default: fused and chunked)")
     whole_gpu.add_argument("--warm", action="store_true", help="compile first, everybody in parallel processes of their own")
     whole_gpu.add_argument("--workers", type=int, default=8, help="how many such processes at once (default: 8)")

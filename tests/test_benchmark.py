@@ -179,6 +179,7 @@ def test_runs_are_merged(tmp_path):
     assert [(row["case"], row["both"]) for row in merged["rows"]] == [("scan", 1.0), ("sort", 3.0), ("sum", 4.0)]
     assert (tmp_path / "all" / "operators.png").exists()
 
+    assert main(["bench", "merge", str(tmp_path / "none"), "-o", str(tmp_path / "other")]) == 2
     report.operators(folders[2], run("c", sum=4.0) | {"dtype": "float32"})
     assert main(["bench", "merge", *map(str, folders), "-o", str(tmp_path / "other")]) == 2
 
