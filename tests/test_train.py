@@ -14,6 +14,8 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from peft import AutoPeftModelForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,6 +90,23 @@ def test_chunked_loss_is_the_loss_of_whole_logits(monkeypatch):
         found.append([loss.detach(), *(p.grad for p in net.parameters())])
     for exact, plain, chunked in zip(*found, strict=True):
         assert_close(chunked, plain, exact, "loss or gradient", gradient=True)
+
+
+def test_chunked_loss_never_holds_whole_logits(monkeypatch):
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            out = function(*args, **kwargs or {})
+            self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+            return out
+
+    monkeypatch.setattr(zoo.loss, "LOGITS", 1)
+    net, ids = Subject("gla").model(vocab_size=5000), Subject("gla").tokens(4, 256)
+    for skip in (True, False):
+        with Largest() as largest:
+            net(ids, labels=ids, skip_logits=skip).loss.backward()
+        assert (largest.numel < ids.numel() * 5000 / 2) == skip
 
 
 def test_chunked_loss_without_labels_has_gradients_of_zero():
@@ -445,6 +464,10 @@ def test_a_signal_saves_a_checkpoint_and_resuming_needs_the_same_run(tmp_path):
     first.add_callback(Signal(3, first))
     first.train()
     assert first.interrupted and first.state.global_step == 3 and signal.getsignal(signal.SIGTERM) is handler
+    last = ZooTrainer(model(), RunArguments(str(tmp_path / "last"), **settings), made)
+    last.add_callback(StopAt(STEPS, last))
+    last.train()
+    assert not last.interrupted, "nothing was left to interrupt"
     checkpoint = str(tmp_path / "checkpoint-3")
     for changes, data, message in (
         ({"seed": 7}, made, "seed was 42 and is 7"),

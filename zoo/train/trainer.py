@@ -65,7 +65,8 @@ class ZooTrainer(Trainer):
                     "and resume from a checkpoint before it"
                 )
             logs |= self.meter.read(self.accelerator, self.peak)
-            if any(add_up(self.accelerator, [float(self.interruption.raised)])):  # every process stops at the same step
+            asked = any(add_up(self.accelerator, [float(self.interruption.raised)]))  # every process stops at the same step
+            if asked and self.state.global_step < self.state.max_steps:
                 self.interrupted = self.control.should_save = self.control.should_training_stop = True
         super().log(logs, start_time)
 
