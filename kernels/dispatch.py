@@ -20,6 +20,7 @@ from zoo.kernels.packing import Packing
 
 Backend = Literal["auto", "reference", "chunked", "fused"]
 BACKENDS = ("auto", "reference", "chunked", "fused")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 OPS: dict[str, "Op"] = {}
 _preferred: str = "auto"
 
@@ -96,7 +97,7 @@ class Op:
         if not self.fused:
             return "this version has no fused kernel for it"
         lead = tensors[self.names[0]]
-        if importlib.util.find_spec("triton") is None:
+        if not HAS_TRITON:
             return "Triton is not installed"
         if lead.device.type != "cuda" and not interpreted():
             return f"the tensors are on {lead.device.type}, and Triton needs a CUDA device (or TRITON_INTERPRET=1 to try it slowly)"

@@ -40,13 +40,18 @@ def on_device(value):
     return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
 
 
+def learnt(given: dict) -> dict:
+    """Copies that ask for gradients, but for decays per head, which kernels take as constants."""
+    return {n: v.clone().requires_grad_() for n, v in differentiable(given).items() if n != "log_decay" or v.ndim > 1}
+
+
 def with_gradients(op, given: dict, backend: str, packing: Packing | None = None) -> tuple[list, dict]:
     """Outputs, and gradients of a random projection of them, the kernels' brought back to the CPU."""
     more = {} if packing is None else {"packing": packing}
     if backend == "fused":
         given = {n: on_device(v) for n, v in given.items()}
         more = {n: Packing(p.cu_seqlens.to(DEVICE)) for n, p in more.items()}
-    leaves = {n: v.clone().requires_grad_() for n, v in differentiable(given).items()}
+    leaves = learnt(given)
     outs = run(op, given | leaves, backend=backend, **more)
     generator = torch.Generator().manual_seed(7)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outs]
@@ -140,7 +145,7 @@ def test_hostile_decays(op, draw, log_decay):
 @every_case
 def test_compiles(op, draw):
     given = {n: on_device(v) for n, v in cast(inputs(draw, 2, 20), torch.float32).items()}
-    leaves = {n: v.clone().requires_grad_() for n, v in differentiable(given).items()}
+    leaves = learnt(given)
     torch._dynamo.reset()
     with use_backend("fused"):
         compiled = torch.compile(lambda tensors: tuple(run(op, given | tensors)), fullgraph=True, backend="aot_eager")
@@ -178,7 +183,7 @@ def compare_on_device(op, given: dict, dtype: torch.dtype) -> None:
     given = {n: on_device(v) for n, v in cast(given, dtype).items()}
     results = []
     for own, backend in ((cast(given, torch.float64), "chunked"), (given, "chunked"), (given, "fused")):
-        leaves = {n: v.clone().requires_grad_() for n, v in differentiable(own).items()}
+        leaves = learnt(own)
         outs = run(op, own | leaves, backend=backend)
         generator = torch.Generator(DEVICE).manual_seed(7)
         cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64, device=DEVICE).to(o.dtype) for o in outs]
@@ -193,6 +198,7 @@ def compare_on_device(op, given: dict, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.xdist_group("large")  # one at a time
 @pytest.mark.parametrize("decay", ["none", "token", "channel"])
 def test_more_than_2_to_the_31_elements(decay):
     """The last rows of tensors too large for 32-bit offsets are those of the same rows alone."""

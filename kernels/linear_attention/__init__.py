@@ -132,6 +132,9 @@ def _obstacle(tensors: dict) -> str | None:
     """What the fused kernels do not do."""
     if tensors["value_log_decay"] is not None:
         return "it has no kernel for values that decay"
+    decay = tensors["log_decay"]
+    if decay is not None and decay.ndim == 1 and decay.requires_grad and torch.is_grad_enabled():
+        return "the gradient of one decay per head is a sum over time of differences that rounding drowns; give one per token"
     widest = max(tensors["q"].shape[3], tensors["v"].shape[3])
     return f"K or V is {widest}, and its kernels take up to {WIDEST}" if widest > WIDEST else None
 

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from zoo.kernels.launch import launch
 from zoo.kernels.linear_attention import fused_channel, fused_scalar
 from zoo.kernels.linear_attention.reference import normalized
 from zoo.kernels.packing import Packing
@@ -91,7 +92,7 @@ class Segments(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _whole_rows(batch: int, length: int, size: int, device: torch.device) -> Segments:
-    pieces = triton.cdiv(length, size)
+    pieces = cdiv(length, size)
     first = torch.arange(batch + 1, device=device) * pieces
     n = torch.arange(batch, device=device).repeat_interleave(pieces)
     start = torch.arange(pieces, device=device).repeat(batch) * size
@@ -105,8 +106,8 @@ def segment_length(length: int, programs: int, anchored: bool, packed: bool) -> 
     """How long segments are: whole sequences where these are programs enough, never so short that states outweigh tokens."""
     if not packed and programs >= FILLED and not anchored:
         return length
-    pieces = triton.cdiv(2 * FILLED, programs)
-    size = max(ANCHOR, triton.cdiv(triton.cdiv(length, pieces), CHUNK) * CHUNK)
+    pieces = cdiv(2 * FILLED, programs)
+    size = max(ANCHOR, cdiv(cdiv(length, pieces), CHUNK) * CHUNK)
     return min(size, ANCHOR) if anchored else size
 
 
@@ -135,8 +136,25 @@ def chunk_length(channels: int, dtype: torch.dtype) -> int:
     return most if channels <= (128 if dtype == torch.float32 else 256) else most // 2
 
 
+def cdiv(whole: int, part: int) -> int:
+    """Rounded up."""
+    return -(-whole // part)
+
+
+def power_of_two(size: int) -> int:
+    """The next one."""
+    return 1 << (size - 1).bit_length()
+
+
 def padded_size(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    """As a tile has it."""
+    return max(16, power_of_two(size))
+
+
+@lru_cache(maxsize=8)
+def zero(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Read with strides of zero, the state that sequences start from unless they are given one."""
+    return torch.zeros(1, device=device, dtype=dtype)
 
 
 def numbers(dtype: torch.dtype):
@@ -167,13 +185,13 @@ class Problem:
         self.exact = torch.float64 if q.dtype == torch.float32 else torch.float32  # what kernels sum up in
         self.wide = torch.bfloat16 if q.dtype == torch.bfloat16 else self.exact  # of scaled queries and keys
         self.acc = tl.float64 if self.exact == torch.float64 else tl.float32
-        programs = self.batch * self.heads * triton.cdiv(self.values, 64)
+        programs = self.batch * self.heads * cdiv(self.values, 64)
         size = min(segment_length(self.length, programs, anchored, cu_seqlens is not None), self.length)
         self.segments = Segments.of(self.batch, self.length, size, cu_seqlens, q.device)
         self.log_decay, self.channel = log_decay, log_decay is not None and log_decay.ndim == 4
         channels = max(self.keys, self.values)
         self.chunk = chunk_length(channels if self.channel else min(channels, WIDEST), q.dtype)
-        self.chunks = triton.cdiv(size, self.chunk)  # of a segment
+        self.chunks = cdiv(size, self.chunk)  # of a segment
         self.edges = self.safes = self.scores = self.diagonal = self.sums = self.totals = None
         self.per_token = self.heads * self.length, self.length  # strides of [B, H, T]
         if log_decay is not None and not self.channel:
@@ -189,8 +207,9 @@ class Problem:
         """`sums` `[B, H, T]` within chunks, `totals` `[segments, H]`."""
         self.sums = self.empty(self.batch, self.heads, self.length, dtype=self.exact)
         totals = self.empty(self.segments.count, self.chunks, self.heads, dtype=self.exact)
-        block = min(16, triton.next_power_of_2(self.heads))
-        fused_scalar.gates[(triton.cdiv(self.heads, block) * self.chunks * self.segments.count,)](
+        block = min(16, power_of_two(self.heads))
+        launch(
+            fused_scalar.gates, cdiv(self.heads, block) * self.chunks * self.segments.count,
             g, self.sums, totals, self.segments.table, *((0, 0, g.stride(0)) if g.ndim == 1 else strides(g)), *self.per_token,
             self.heads, self.chunks, C=self.chunk, BH=block, ACC=self.acc, num_warps=4,
         )  # fmt: skip
@@ -207,15 +226,17 @@ class Problem:
         seg, size = self.segments, self.keys * self.values
         bounds = self.empty(seg.places, self.heads, self.keys, self.values, dtype=self.exact)
         keys, values = (min(32 if self.dtype == torch.float32 else 64, padded_size(n)) for n in (self.keys, self.values))
-        tiles = triton.cdiv(self.keys, keys) * triton.cdiv(self.values, values)
-        fused_scalar.collect[(tiles * self.heads * seg.count,)](
+        tiles = cdiv(self.keys, keys) * cdiv(self.values, values)
+        launch(
+            fused_scalar.collect, tiles * self.heads * seg.count,
             b, y, bounds, self.sums, seg.table, self.edges, *strides(b), *strides(y), *self.per_token,
             self.heads // b.shape[2], self.heads // y.shape[2], self.heads, self.keys, self.values, self.chunks,
             BD=keys, BW=values, C=self.chunk, EVEN=self.keys % keys == 0 and self.values % values == 0, REVERSE=reverse,
             DECAY=self.decay(False), TYPE=self.type, ACC=self.acc, PRECISION=self.precision, num_warps=4, num_stages=3,
         )  # fmt: skip
         block = min(1024, padded_size(size))
-        fused_scalar.chain[(triton.cdiv(size, block) * self.heads * self.sequences,)](
+        launch(
+            fused_scalar.chain, cdiv(size, block) * self.heads * self.sequences,
             bounds, self.totals, seg.first, initial, self.heads, self.keys, self.values, BLOCK=block, REVERSE=reverse,
             DECAY=0 if self.totals is None else self.totals.ndim, HAS_INIT=initial is not None, num_warps=4,
         )  # fmt: skip
@@ -238,14 +259,17 @@ class Problem:
     def _sweep(self, a, b, y, initial, final, reverse: bool, transposed: bool, z) -> Tensor | tuple[Tensor, Tensor]:
         seg, inner, width = self.segments, a.shape[3], y.shape[3]
         part, warps, stages = tile(inner, width, self.dtype, seg.count * self.heads * width)
+        at_first = (0, 0, 0) if initial is None else (*((1, self.values) if transposed else (self.values, 1)), self.keys * self.values)
+        initial = zero(self.device, self.exact) if initial is None else initial
         out = self.empty(self.batch, self.length, self.heads, width, dtype=self.wide if transposed and self.channel else self.dtype)
-        slices = triton.cdiv(width, part)
+        slices = cdiv(width, part)
         dots = None if z is None else self.empty(slices, self.batch, self.heads, self.length, dtype=self.exact)
-        fused_scalar.sweep[(slices * self.heads * seg.count,)](
+        launch(
+            fused_scalar.sweep, slices * self.heads * seg.count,
             a, b, y, out, initial, final, self.sums, seg.table, z, dots, self.edges, self.safes, self.scores, self.diagonal,
             *strides(a), *strides(b), *strides(y), *strides(out), *strides(z), 0 if z is None else dots.stride(0), *self.per_token,
             *(self.heads // t.shape[2] for t in (a, b, y)), 1 if z is None else self.heads // z.shape[2],
-            1 if transposed else self.values, self.values if transposed else 1, self.keys * self.values, self.scale, self.heads,
+            *at_first, self.keys * self.values, self.scale, self.heads,
             inner, width, self.chunks, DP=padded_size(inner), BW=part, C=self.chunk,
             EVEN=inner == padded_size(inner) and width % part == 0, REVERSE=reverse, DECAY=self.decay(transposed),
             BONUS=self.diagonal is not None, HAS_FINAL=final is not None, HAS_R=z is not None,
@@ -258,19 +282,21 @@ class Problem:
         if self.segments.split:
             bounds = self.bounds(b, y, state, reverse=False)
             return bounds, bounds, None
-        return None, self.state(torch.zeros) if state is None else state, self.state()
+        return None, state, self.state()
 
-    def fates(self, b: Tensor, y: Tensor, dlast: Tensor | None) -> Tensor:
+    def fates(self, b: Tensor, y: Tensor, dlast: Tensor | None) -> Tensor | None:
         """Backward: gradients of the states where `sweep` against time starts from."""
         if self.segments.split:
             return self.bounds(b, y, dlast, reverse=True)
-        return self.state(torch.zeros) if dlast is None else dlast
+        return dlast
 
-    def gate_gradient(self, rq: Tensor, rk: Tensor, ends: Tensor, fates: Tensor) -> Tensor:
+    def gate_gradient(self, rq: Tensor, rk: Tensor, ends: Tensor, fates: Tensor | None) -> Tensor:
         """Of a decay per head or token, from what `sweep` returned beside dq and dk, and states and their gradients at segments' ends."""
         dg = self.empty(self.batch, self.length, self.heads, dtype=self.exact)
+        fates = self.state(torch.zeros) if fates is None else fates
         size = self.keys * self.values
-        fused_scalar.gate_gradient[(self.segments.count * self.heads,)](
+        launch(
+            fused_scalar.gate_gradient, self.segments.count * self.heads,
             rq, rk, dg, ends, fates, self.segments.table, rq.stride(0), *self.per_token, *strides(dg), self.scale, self.heads,
             rq.shape[0], size, C=ANCHOR, BLOCK=min(1024, padded_size(size)), num_warps=4,
         )  # fmt: skip
@@ -295,14 +321,16 @@ class ChannelProblem(Problem):
         self.safes = self.empty(count, self.chunks, self.heads, dtype=torch.int32)
         self.scores = self.empty(self.batch, self.heads, self.length, self.chunk, dtype=self.wide)
         self.diagonal = None if bonus is None else self.empty(self.batch, self.heads, self.length, dtype=self.exact)
-        self.by_chunk = (count * self.chunks * self.heads,)
+        self.by_chunk = count * self.chunks * self.heads
         groups = self.heads // q.shape[2], self.heads // k.shape[2]
-        fused_channel.prepare[self.by_chunk](
+        launch(
+            fused_channel.prepare, self.by_chunk,
             q, k, log_decay, bonus, self.qs, self.ks, self.edges, self.safes, self.exact_sums, self.diagonal, self.segments.table,
             *strides(q), *strides(k), *strides(log_decay), *strides(self.qs), *self.per_token, *groups, self.heads, self.keys, self.chunks,
-            C=self.chunk, BD=min(32, padded_size(self.keys)), BONUS=bonus is not None, ACC=self.acc, num_warps=4, num_stages=1,
+            C=self.chunk, BD=min(64, padded_size(self.keys)), BONUS=bonus is not None, ACC=self.acc, num_warps=4, num_stages=1,
         )  # fmt: skip
-        fused_channel.exact_scores[self.by_chunk](
+        launch(
+            fused_channel.exact_scores, self.by_chunk,
             q, k, self.exact_sums, self.scores, self.safes, self.segments.table, *strides(q), *strides(k), *strides(self.qs),
             *(self.chunk * n for n in self.per_token), *groups, self.heads, self.keys, self.chunks, C=self.chunk,
             BD=min(32, padded_size(self.keys)), BONUS=bonus is not None, TYPE=self.type, ACC=self.acc, PRECISION=self.precision,
@@ -312,7 +340,8 @@ class ChannelProblem(Problem):
 
     def exact_gradients(self, q, k, v, do, dq, dk) -> None:
         """Make dq and dk final where a chunk is not safe."""
-        fused_channel.exact_gradients[self.by_chunk](
+        launch(
+            fused_channel.exact_gradients, self.by_chunk,
             q, k, v, do, self.exact_sums, dq, dk, self.safes, self.segments.table,
             *strides(q), *strides(k), *strides(v), *strides(do), *strides(dq), *(self.heads // x.shape[2] for x in (q, k, v)),
             self.scale, self.heads, self.keys, self.values, self.chunks, C=self.chunk, BD=min(32, padded_size(self.keys)),
@@ -323,15 +352,18 @@ class ChannelProblem(Problem):
     def finish(self, q, k, v, do, dq, dk, ends, fates) -> tuple[Tensor, Tensor | None]:
         """Gradients of decay and bonus; makes dq and dk final."""
         self.exact_gradients(q, k, v, do, dq, dk)
+        fates = self.state(torch.zeros) if fates is None else fates
         dg, du, own = torch.empty(self.log_decay.shape, dtype=self.log_decay.dtype, device=self.device), None, None
         if self.bonus is not None:
             du, own = self.empty(self.segments.count, self.heads, self.keys), torch.empty_like(self.diagonal)
-            fused_channel.own_gradient[(self.batch * self.heads * triton.cdiv(self.length, CHUNK),)](
+            launch(
+            fused_channel.own_gradient, self.batch * self.heads * cdiv(self.length, CHUNK),
                 v, do, own, *strides(v), *strides(do), *self.per_token, self.heads // v.shape[2], self.scale, self.heads, self.length,
                 self.values, C=CHUNK, BW=min(64, padded_size(self.values)), num_warps=4,
             )  # fmt: skip
-        block = min(32, padded_size(self.keys))
-        fused_channel.finish[(self.segments.count * self.heads * triton.cdiv(self.keys, block),)](
+        block = min(64, padded_size(self.keys))
+        launch(
+            fused_channel.finish, self.segments.count * self.heads * cdiv(self.keys, block),
             q, k, self.log_decay, dq, dk, dg, self.edges, self.safes, own, self.bonus, du, ends, fates, self.segments.table,
             *strides(q), *strides(k), *strides(self.log_decay), *strides(dq), *strides(dg), *self.per_token,
             self.heads // q.shape[2], self.heads // k.shape[2], self.scale, self.heads, self.keys, self.values, self.chunks,

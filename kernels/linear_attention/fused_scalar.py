@@ -121,7 +121,7 @@ def advance_by_channel(
 def sweep(
     A, B, Y, OUT, INIT, FINAL, SUMS, TABLE, Z, R, EDGES, SAFES, P, DIAGONAL,
     a_b, a_t, a_h, b_b, b_t, b_h, y_b, y_t, y_h, o_b, o_t, o_h, z_b, z_t, z_h, r_slice, s_b, s_h,
-    a_rep, b_rep, y_rep, z_rep, m_row, m_col, size, scale, H, D, W, CHUNKS,
+    a_rep, b_rep, y_rep, z_rep, m_row, m_col, m_size, size, scale, H, D, W, CHUNKS,
     DP: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr,
     BONUS: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -138,7 +138,7 @@ def sweep(
     OUT += row * o_b + start * o_t + h * o_h
     own = row * s_b + h * s_h + start
     at = tl.load(TABLE + segment * 5 + (4 if REVERSE else 3))
-    tile = (at * H + h) * size + d[:, None] * m_row + w[None, :] * m_col
+    tile = (at * H + h) * m_size + d[:, None] * m_row + w[None, :] * m_col
     # zeros as a constant would make ptxas run the matrix products one by one
     m = tl.load(INIT + tile, mask=(d[:, None] < D) & (w[None, :] < W), other=0.0).to(ACC)
     length = (stop - start).to(tl.int32)
