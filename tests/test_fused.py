@@ -3,20 +3,14 @@
 Kernels multiply in the dtype of their inputs, so a float32 state of bfloat16 inputs is held to the rule for bfloat16.
 """
 
-import os
-
 import pytest
 import torch
+from test_ops import _along_time, cast, differentiable, inputs, is_state, poisoned_memory, run  # noqa: F401 (a fixture)
+
+from zoo.evaluate.closeness import assert_close
+from zoo.ops import OPS, Packing, use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are first imported; `auto` never takes interpreted kernels
-
-from test_ops import _along_time, cast, differentiable, inputs, is_state, poisoned_memory, run  # noqa: E402, F401 (a fixture)
-
-from zoo.evaluate.closeness import assert_close  # noqa: E402
-from zoo.ops import OPS, Packing, use_backend  # noqa: E402
-
 # numpy, on which the interpreter runs, warns of its own idioms and of masked lanes
 INTERPRETER = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else INTERPRETER

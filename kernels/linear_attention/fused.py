@@ -248,8 +248,8 @@ class Problem:
         if inner <= WIDEST or self.channel:
             return self._sweep(a, b, y, initial, final, reverse, transposed, z)
         parts = []
-        for part in torch.arange(inner).split(WIDEST):
-            cut = slice(int(part[0]), int(part[-1]) + 1)
+        for first in range(0, inner, WIDEST):
+            cut = slice(first, first + WIDEST)
             states = (None if x is None else x[..., cut] if transposed else x[..., cut, :] for x in (initial, final))
             parts.append(self._sweep(a[..., cut], b[..., cut], y, *states, reverse, transposed, z))
         if z is None:
