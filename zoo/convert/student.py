@@ -26,6 +26,7 @@ def convert(
     window: int | None = 64,
     sinks: int = 4,
     mixer_args: dict | None = None,
+    inherit: Iterable[str] = (),
 ) -> nn.Module:
     """A hybrid that starts from a transformer's weights.
 
@@ -38,6 +39,7 @@ def convert(
             leaves the mixer alone in its layer.
         sinks: first tokens that stay visible to the window.
         mixer_args: further fields of the mixer's config, over those that fit the teacher's heads.
+        inherit: names of fields that it takes from the teacher's layer, where it has them (`rope_theta`, `num_kv_heads`).
 
     Returns:
         a `HybridForCausalLM` in the teacher's dtype, on its device, in evaluation mode.
@@ -46,21 +48,7 @@ def convert(
         ValueError: the teacher is no transformer, a layer to keep does not exist, the mixer or one of its fields is unknown.
     """
     check_teacher(teacher)
-    if mixer not in registry.list_mixers():
-        raise ValueError(f"no mixer {mixer!r}{registry.nearest(mixer, registry.list_mixers())}; zoo.list_mixers() names all")
-    layers = teacher.config.layer_configs()
-    keep = sorted(set(keep))
-    if outside := [index for index in keep if not 0 <= index < len(layers)]:
-        raise ValueError(f"keep names layers {outside}, the teacher has 0 to {len(layers) - 1}")
-    if window is not None and (window < 1 or sinks < 0):
-        raise ValueError(
-            f"window={window} with sinks={sinks}: a window is at least one token, sinks cannot be negative; window=None is no window"
-        )
-    plan = [
-        attention_entry(layer) if index in keep else converted_entry(layer, mixer, window, sinks, mixer_args or {})
-        for index, layer in enumerate(layers)
-    ]
-    config = HybridConfig(**teacher.config.shared_fields(), plan=plan)
+    config = student_config(teacher.config, mixer, keep, window, sinks, mixer_args, inherit)
     with torch.device(teacher.device):
         student = model_class(config, "causal_lm")(config).to(teacher.dtype)
     account = seed_student(teacher, student)
@@ -69,6 +57,28 @@ def convert(
         logger.warning("%d teacher weights have no place in the student: %s", len(account.dropped), "; ".join(reasons))
     student.generation_config = copy.deepcopy(teacher.generation_config)
     return student.eval()
+
+
+def student_config(
+    teacher: ZooConfig, mixer: str, keep: Iterable[int], window: int | None, sinks: int, mixer_args: dict | None = None,
+    inherit: Iterable[str] = (),
+) -> HybridConfig:  # fmt: skip
+    """The config of the student of a teacher with this config; arguments and errors as in `convert`."""
+    if mixer not in registry.list_mixers():
+        raise ValueError(f"no mixer {mixer!r}{registry.nearest(mixer, registry.list_mixers())}; zoo.list_mixers() names all")
+    layers = teacher.layer_configs()
+    keep = sorted(set(keep))
+    if outside := [index for index in keep if not 0 <= index < len(layers)]:
+        raise ValueError(f"keep names layers {outside}, the teacher has 0 to {len(layers) - 1}")
+    if window is not None and (window < 1 or sinks < 0):
+        raise ValueError(
+            f"window={window} with sinks={sinks}: a window is at least one token, sinks cannot be negative; window=None is no window"
+        )
+    plan = [
+        attention_entry(layer) if index in keep else converted_entry(layer, mixer, window, sinks, mixer_args or {}, inherit)
+        for index, layer in enumerate(layers)
+    ]
+    return HybridConfig(**teacher.shared_fields(), plan=plan)
 
 
 def converted_layers(student: nn.Module) -> list[int]:
@@ -85,9 +95,11 @@ def attention_entry(layer: ZooConfig, **changes) -> dict:
     return {"mixer": layer.name} | {name: value for name, (value, default) in own.items() if value != default} | changes
 
 
-def converted_entry(layer: ZooConfig, mixer: str, window: int | None, sinks: int, mixer_args: dict) -> dict:
+def converted_entry(layer: ZooConfig, mixer: str, window: int | None, sinks: int, mixer_args: dict, inherit: Iterable[str] = ()) -> dict:
     """A plan entry for what replaces the attention of `layer`."""
-    replacement = {"mixer": mixer} | matching_fields(registry.get(mixer).config, layer) | mixer_args
+    config = registry.get(mixer).config
+    taken = {name: getattr(layer, name) for name in inherit if name in {f.name for f in fields(config)}}
+    replacement = {"mixer": mixer} | matching_fields(config, layer) | taken | mixer_args
     if window is None:
         return replacement
     if layer.window is not None:

@@ -1,0 +1,234 @@
+"""Recipes: how published methods turn a transformer into something else, as data that is checked when it is read.
+
+A recipe is a file of `recipes/`. It states what its paper states; for the rest the defaults below hold, and `origin` tells which
+is which. What the engine cannot do yet, `missing` names.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from zoo import registry
+from zoo.config import nearest
+
+FOLDER = Path(__file__).parent / "recipes"
+LOSSES = {  # what a stage compares -> how
+    "attention_map": ("xent", "frobenius"),
+    "mixer_out": ("rel_mse", "mse", "l2", "cos"),
+    "block_out": ("mse", "l2"),
+    "logits": ("fkl", "rkl", "ce+fkl"),
+    "tokens": ("ce",),
+}
+PARTS = ("mixer", "new", "features", "lora", "all")  # what a stage trains: replaced mixers, what no weight filled, ..., everything
+SCHEDULES = ("cosine", "constant", "stable", "plateau")
+SELECTORS = ("none", "uniform", "window", "recall")  # how the layers that stay are found
+# what the engine does; the rest is named by `missing`
+RUNS = {"target": ("mixer_out", "logits", "tokens"), "loss": ("rel_mse", "mse", "l2", "cos", "fkl", "rkl", "ce"),
+        "train": ("mixer", "new", "all"), "schedule": ("cosine", "constant"), "select": ("none", "uniform", "window")}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training of a conversion.
+
+    Args:
+        target, loss: what the student is compared by (`LOSSES`). A mixer's output is compared layer by layer from the
+            teacher's own inputs, logits and tokens from the student's.
+        train: one of `PARTS`.
+        tokens: how many to train on; None: by the teacher's size (`default_tokens`).
+        length, batch: of a step's rows.
+        learning_rate, final_rate: highest and last; `final_rate` None is a tenth.
+        schedule, warmup: a linear warm-up over this share of the steps, then a cosine, or no change.
+        paced: gates learn thirty times, new mixers three times as fast as copied attention.
+        lora_rank: of adapters, with `train: lora`.
+    """
+
+    name: str
+    target: str
+    loss: str
+    train: str
+    tokens: int | None = None
+    length: int = 512
+    batch: int = 8
+    learning_rate: float = 1e-4
+    final_rate: float | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    paced: bool = False
+    lora_rank: int | None = None
+
+    def __post_init__(self):
+        for name, known in (("target", LOSSES), ("train", PARTS), ("schedule", SCHEDULES)):
+            choose(f"stage {self.name!r}: {name}", getattr(self, name), known)
+        choose(f"stage {self.name!r}: loss of {self.target}", self.loss, LOSSES[self.target])
+        for name in ("tokens", "length", "batch", "learning_rate", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
+                raise ValueError(f"stage {self.name!r}: {name} is {value!r}, it must be a positive number")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"stage {self.name!r}: warmup is {self.warmup}, it must be a share of the steps")
+        if (self.train == "lora") != (self.lora_rank is not None):
+            raise ValueError(f"stage {self.name!r}: train: lora and lora_rank go together")
+
+    @property
+    def steps(self) -> int:
+        return max(1, round((self.tokens or 0) / (self.batch * self.length)))
+
+    def missing(self) -> list[str]:
+        """What of it the engine lacks."""
+        found = [
+            f"{name} {getattr(self, name)!r}" for name in ("target", "loss", "train", "schedule") if getattr(self, name) not in RUNS[name]
+        ]
+        return [f"stage {self.name!r}: {what}" for what in found]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe.
+
+    Args:
+        name, title, paper: whose it is.
+        mixer, mixer_args, inherit: what replaces attention, fields of its config, and those it takes from the teacher's layer.
+        window, sinks: attention that a replaced layer keeps beside the mixer; None: the mixer alone.
+        keep, select: which layers stay: a share below one, a number, or their indices; and how they are found.
+        stages: the trainings, in order.
+        needs: what else its paper does and no field here can say; such a recipe is known, but cannot be run.
+        origin: field, or `stage.field` -> where its value is from: "recipe", "default" or whatever changed it.
+    """
+
+    name: str
+    title: str
+    paper: str
+    mixer: str
+    stages: tuple[Stage, ...]
+    mixer_args: dict = field(default_factory=dict)
+    inherit: tuple[str, ...] = ()
+    window: int | None = None
+    sinks: int = 0
+    keep: float | int | tuple[int, ...] = 0
+    select: str = "none"
+    needs: tuple[str, ...] = ()
+    origin: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.mixer not in registry.list_mixers():
+            raise ValueError(f"recipe {self.name!r}: no mixer {self.mixer!r}{nearest(self.mixer, registry.list_mixers())}")
+        choose(f"recipe {self.name!r}: select", self.select, SELECTORS)
+        names = [stage.name for stage in self.stages]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"recipe {self.name!r}: its stages are named {names}; there must be one at least, and no name twice")
+
+    def missing(self) -> list[str]:
+        """What of it the engine lacks; empty: it can be run."""
+        stages = [what for stage in self.stages for what in stage.missing()]
+        return stages + [f"select {self.select!r}"] * (self.select not in RUNS["select"]) + list(self.needs)
+
+    def kept(self, layers: int) -> int | tuple[int, ...]:
+        """How many of the teacher's layers stay, or which."""
+        if isinstance(self.keep, tuple):
+            return self.keep
+        count = round(self.keep * layers) if isinstance(self.keep, float) else self.keep
+        if not 0 <= count <= layers:
+            raise ValueError(f"keep={self.keep} of {layers} layers; give a share from 0.0 to 1.0, a number, or indices")
+        return count
+
+    def to_dict(self) -> dict:
+        """What defines it; `read_method` reads it."""
+        return json.loads(json.dumps({k: v for k, v in dataclasses.asdict(self).items() if k != "origin"}))
+
+
+def choose(what: str, value: str, known) -> None:
+    """Raise ValueError for a value that is not known."""
+    if value not in known:
+        raise ValueError(f"{what} is {value!r}{nearest(value, known)}; choose one of {', '.join(known)}")
+
+
+def list_recipes() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load_recipe(name: str, changes: dict | None = None, why: str = "command line") -> Method:
+    """A recipe by name, or the YAML file of one.
+
+    Args:
+        changes: field, `stage.field` or `mixer_args.field` -> another value; None as value sets None.
+        why: their origin.
+
+    Raises:
+        ValueError: no such recipe, or a field or value that does not exist.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"no recipe {name!r}{nearest(name, list_recipes())}; known: {', '.join(list_recipes())}")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("stages"), list):
+        raise ValueError(f"{path} must be a mapping with a list of stages")
+    return read_method({"name": path.stem} | content, changes or {}, why)
+
+
+def read_method(content: dict, changes: dict, why: str = "command line", origin: str = "recipe") -> Method:
+    """A recipe from the mapping that its file holds, with these changes."""
+    content = json.loads(json.dumps(content))  # a copy, of which tuples are lists
+    stages = {str(stage.get("name")): stage for stage in content.get("stages", ())}
+    origins = dict.fromkeys(content, origin) | {f"{s}.{name}": origin for s, stage in stages.items() for name in stage}
+    if changes.get("mixer", content.get("mixer")) != content.get("mixer"):
+        content["mixer_args"] = {}  # they were another's
+        origins.pop("mixer_args", None)
+    for path, value in changes.items():
+        first, _, last = path.partition(".")
+        if last and first == "mixer_args":
+            content.setdefault("mixer_args", {})[last] = value
+        elif last:
+            choose("stage to change", first, stages)
+            stages[first][last] = value
+        else:
+            content[first] = value
+        origins[path] = why
+    check_fields("stage", Stage, *stages.values())
+    check_fields(f"recipe {content.get('name')!r}", Method, content)
+    read = [Stage(**stage | {"betas": tuple(stage.get("betas", Stage.betas))}) for stage in stages.values()]
+    tuples = {name: tuple(content[name]) for name in ("inherit", "needs", "keep") if isinstance(content.get(name), list)}
+    known = {f.name for f in dataclasses.fields(Method)} | {f"{s}.{f.name}" for s in stages for f in dataclasses.fields(Stage)}
+    origins = dict.fromkeys(sorted(known), "default") | origins
+    return Method(**content | tuples | {"stages": tuple(read), "origin": origins})
+
+
+def check_fields(what: str, kind: type, *found: dict) -> None:
+    """Raise ValueError for a field that does not exist, or one that must be there and is not."""
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    for content in found:
+        for name in content:
+            if name not in known or name == "origin":
+                raise ValueError(f"{what} has no field {name!r}{nearest(name, known)}")
+        needed = [n for n, f in known.items() if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
+        if absent := [name for name in needed if name not in content]:
+            raise ValueError(f"{what} lacks {', '.join(absent)}")
+
+
+def default_tokens(stage: Stage, parameters: int) -> int:
+    """Where a recipe names none: 100M for a teacher of 7B and less by the square root of its size, at least 2M; five times
+    that for what follows the alignment. A rule of thumb of ours."""
+    align = max(2e6, 1e8 * math.sqrt(parameters / 7e9))
+    return round(align if stage.target in ("attention_map", "mixer_out", "block_out") else 5 * align)
+
+
+def settled(method: Method, parameters: int, scale: float = 1.0) -> Method:
+    """The recipe with every stage's tokens named: those it states or, where it states none, by size; times `scale`."""
+    if not 0 < scale < math.inf:
+        raise ValueError(f"tokens are to be scaled by {scale}; give a positive number")
+    origin, stages = dict(method.origin), []
+    for stage in method.stages:
+        tokens = stage.tokens
+        if tokens is None:
+            tokens, origin[f"{stage.name}.tokens"] = default_tokens(stage, parameters), "size of the teacher"
+        if scale != 1:
+            origin[f"{stage.name}.tokens"] += f" x {scale:g}"
+        stages.append(dataclasses.replace(stage, tokens=max(1, round(tokens * scale))))
+    return dataclasses.replace(method, stages=tuple(stages), origin=origin)
