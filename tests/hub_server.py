@@ -2,8 +2,10 @@
 
 Everything lies in memory. Tokens are checked, private repositories hidden, large files go through LFS, commits are atomic, downloads
 have ranges and ETags. `Fault`s break what it does in ways that networks and servers do. It speaks no xet: HF_HUB_DISABLE_XET=1.
+`python tests/hub_server.py --port 8642` serves one until it is interrupted, and says which environment reaches it.
 """
 
+import argparse
 import base64
 import hashlib
 import json
@@ -90,8 +92,8 @@ class Hub(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self):
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, port: int = 0):
+        super().__init__(("127.0.0.1", port), Handler)
         self.lock = threading.Lock()
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
@@ -375,3 +377,16 @@ class Handler(BaseHTTPRequestHandler):
 def flipped(content: bytes) -> bytes:
     """The content with its last byte changed."""
     return content[:-1] + bytes([content[-1] ^ 1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--port", type=int, default=0, help="of 127.0.0.1 (default: a free one)")
+    hub = Hub(parser.parse_args().port)
+    print(f"export HF_ENDPOINT={hub.url} HF_TOKEN={OWNER} HF_HUB_DISABLE_XET=1", flush=True)
+    with suppress(KeyboardInterrupt):
+        hub.serve_forever()
+
+
+if __name__ == "__main__":
+    main()
