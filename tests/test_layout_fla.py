@@ -47,6 +47,8 @@ CASES = {
     "transformer": ("transformer", {"num_heads": 4, "num_kv_heads": 2, "window_size": 5, "qkv_bias": True}),
     "transformer-normed": ("transformer", {"num_heads": 2, "qk_norm": True, "rope_theta": 500.0, "tie_word_embeddings": True}),
     "transformer-apart": ("transformer", {"num_heads": 2, "qk_norm": True, "norm_eps": 0.1}),
+    "forgetting": ("forgetting_transformer", {"num_heads": 4, "num_kv_heads": 2, "qkv_bias": True, "use_output_gate": True}),
+    "forgetting-normed": ("forgetting_transformer", {"num_heads": 2, "qk_norm": True, "norm_eps": 1e-3, "tie_word_embeddings": True}),
     "rwkv6": ("rwkv6", {"num_heads": 2, "expand_k": 1.0, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
     "rwkv6-narrow": ("rwkv6", {"num_heads": 4, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
     "rwkv6-wide": ("rwkv6", {"num_heads": 2, "expand_v": 1.5, "proj_low_rank_dim": 4, "gate_low_rank_dim": 6}),
@@ -65,7 +67,7 @@ def config_of(case: str) -> dict:
 CLASSES = {
     "gla": "GLA", "gsa": "GSA", "retnet": "RetNet", "hgrn": "HGRN", "hgrn2": "HGRN2", "delta_net": "DeltaNet",
     "gated_deltanet": "GatedDeltaNet", "kda": "KDA", "rwkv6": "RWKV6", "rwkv7": "RWKV7", "transformer": "Transformer",
-    "linear_attn": "LinearAttention",
+    "linear_attn": "LinearAttention", "forgetting_transformer": "ForgettingTransformer",
 }  # fmt: skip
 
 
@@ -163,6 +165,13 @@ def transformer_keys(c: dict) -> dict:
     return shapes | ({"q_norm.weight": (channels,), "k_norm.weight": (channels,)} if c.get("qk_norm") else {})
 
 
+def forgetting_keys(c: dict) -> dict:
+    shared = groups_of(c) * D // c["num_heads"]
+    shapes = {name: shape for name, shape in transformer_keys(c).items() if "norm" not in name} | projections(f=(c["num_heads"], D))
+    shapes |= {"f_proj.bias": (c["num_heads"],)} | (projections(g=(D, D)) if c.get("use_output_gate") else {})
+    return shapes | ({"q_norm.weight": (D,), "k_norm.weight": (shared,)} if c.get("qk_norm") else {})
+
+
 def rwkv_keys(c: dict, linear: str = "", keys: int = D, values: int = D) -> dict:
     """What both versions share."""
     inner, norms = c["intermediate_size"], {f"{part}_norm.{kind}": (D,) for part in ("attn", "ffn") for kind in ("weight", "bias")}
@@ -196,7 +205,7 @@ def rwkv7_keys(c: dict) -> dict:
 MIXER_KEYS = {
     "gla": gla_keys, "gsa": gsa_keys, "retnet": retnet_keys, "hgrn": hgrn_keys, "hgrn2": hgrn2_keys, "delta_net": delta_net_keys,
     "gated_deltanet": gated_deltanet_keys, "kda": kda_keys, "transformer": transformer_keys,
-    "linear_attn": linear_attn_keys,
+    "linear_attn": linear_attn_keys, "forgetting_transformer": forgetting_keys,
 }  # fmt: skip
 
 
@@ -336,6 +345,21 @@ def transformer(w: Weights, x, c: dict, index: int) -> torch.Tensor:
     hidden = (age < 0) | (age >= c.get("window_size", x.shape[1]))
     scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
     return w.linear("o_proj", torch.einsum("bhts,bshv->bthv", scores.masked_fill(hidden, -math.inf).softmax(-1), v).flatten(-2))
+
+
+def forgetting_transformer(w: Weights, x, c: dict, index: int) -> torch.Tensor:
+    heads, groups = c["num_heads"], groups_of(c)
+    (q,), (k, v) = w.heads(x, heads, "q_proj"), w.heads(x, groups, "k_proj", "v_proj")
+    if c.get("qk_norm"):
+        q, k = (rms(z) * w[f"{name}_norm.weight"].unflatten(0, z.shape[2:]) for name, z in (("q", q), ("k", k)))
+    k, v = (z.repeat_interleave(heads // groups, 2) for z in (k, v))
+    logits = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+    kept = F.logsigmoid(w.linear("f_proj", x)).mT
+    for t in range(x.shape[1]):
+        for s in range(x.shape[1]):
+            logits[:, :, t, s] += kept[:, :, s + 1 : t + 1].sum(-1) if s <= t else -math.inf
+    o = torch.einsum("bhts,bshv->bthv", logits.softmax(-1), v).flatten(-2)
+    return w.linear("o_proj", o * w.linear("g_proj", x).sigmoid() if c.get("use_output_gate") else o)
 
 
 def linear_attn(w: Weights, x, c: dict, index: int) -> torch.Tensor:
@@ -498,6 +522,7 @@ def rwkv_logits(c: dict, tensors: dict, x: torch.Tensor) -> torch.Tensor:
 MIXERS = {
     "gla": gla, "gsa": gsa, "retnet": retnet, "hgrn": hgrn, "hgrn2": hgrn2, "delta_net": delta_net,
     "gated_deltanet": gated_deltanet, "kda": kda, "transformer": transformer, "linear_attn": linear_attn,
+    "forgetting_transformer": forgetting_transformer,
 }  # fmt: skip
 
 

@@ -34,35 +34,36 @@ def upcoming(cache: Cache | None, k: Tensor, packing: Packing | None = None) -> 
 # -- growing ----------------------------------------------------------------------------------------------------------
 
 
-def append(cache: Cache | None, k: Tensor, v: Tensor, packing: Packing | None = None) -> Cache:
+def append(cache: Cache | None, k: Tensor, v: Tensor, packing: Packing | None = None, **more: Tensor) -> Cache:
     """A cache that also holds k and v: the token at position p of row b lies in slot p of row b.
 
     Args:
         cache: what an earlier call returned, or None.
         k, v: `[B, T, G, K]` and `[B, T, G, V]`; `[1, total, G, .]` with packing, which then feeds N rows.
+        more: what else is kept of every token, `[B, T, ...]`, by its name in the cache, the same in every call.
 
     Whether there is room is decided on the host: `bound`, `[B, L', 0]`, holds no data, and its length L' is the most tokens
     any row may have. When there is no room a larger cache is allocated, a multiple of `GRAIN` slots; `reserve` does it
     beforehand.
     """
-    slots = upcoming(cache, k, packing)
+    slots, new = upcoming(cache, k, packing), {"k": k, "v": v} | more
     count, longest = slots.shape
     if cache is None:
-        cache = _empty(count, k, v, slots=0) | {"bound": k.new_empty(count, 0, 0)}
+        cache = _empty(count, new, slots=0) | {"bound": k.new_empty(count, 0, 0)}
     bound = cache["bound"].shape[1] + longest
     if bound > cache["k"].shape[1]:
-        cache = reserve(cache, bound)
+        cache = reserve(cache, bound, tuple(new))
     rows = torch.arange(count, device=k.device).unsqueeze(1)
     if packing is not None:
-        rows, slots, k, v = packing.seq_idx, packing.unpad(slots)[0], k[0], v[0]
-    written = {"k": _write(cache["k"], rows, slots, k), "v": _write(cache["v"], rows, slots, v)}
+        rows, slots, new = packing.seq_idx, packing.unpad(slots)[0], {name: x[0] for name, x in new.items()}
+    written = {name: _write(cache[name], rows, slots, x) for name, x in new.items()}
     return written | {"length": _advance(cache["length"], longest, packing), "bound": k.new_empty(count, bound, 0)}
 
 
-def reserve(cache: Cache, tokens: int) -> Cache:
-    """The same cache with room for so many tokens a row."""
+def reserve(cache: Cache, tokens: int, names: tuple[str, ...] = ("k", "v")) -> Cache:
+    """The same cache with room for so many tokens a row; `names`: what it keeps of a token."""
     missing = max(0, capacity(tokens) - cache["k"].shape[1])
-    room = {name: x.new_zeros(x.shape[0], missing, *x.shape[2:]) for name, x in cache.items() if name in ("k", "v")}
+    room = {name: cache[name].new_zeros(cache[name].shape[0], missing, *cache[name].shape[2:]) for name in names}
     return cache | {name: torch.cat([cache[name], x], dim=1) for name, x in room.items()}
 
 
@@ -93,7 +94,7 @@ def ring_append(
     at = upcoming(cache, k, packing)
     count, longest = at.shape
     if cache is None:
-        cache = _empty(count, k, v, slots=sinks + window)
+        cache = _empty(count, {"k": k, "v": v}, slots=sinks + window)
     rows = torch.arange(count, device=k.device).unsqueeze(1)
     before = ring_positions(cache["length"], window, sinks)
     if packing is None and longest == 1:
@@ -156,9 +157,9 @@ def ring_positions(length: Tensor, window: int, sinks: int) -> Tensor:
 # -- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _empty(count: int, k: Tensor, v: Tensor, slots: int) -> Cache:
-    kept = {name: x.new_zeros(count, slots, *x.shape[2:]) for name, x in (("k", k), ("v", v))}
-    return kept | {"length": torch.zeros(count, dtype=torch.int64, device=k.device)}
+def _empty(count: int, new: Cache, slots: int) -> Cache:
+    kept = {name: x.new_zeros(count, slots, *x.shape[2:]) for name, x in new.items()}
+    return kept | {"length": torch.zeros(count, dtype=torch.int64, device=new["k"].device)}
 
 
 def _write(buffer: Tensor, rows: Tensor, slots: Tensor, x: Tensor) -> Tensor:
