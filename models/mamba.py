@@ -10,25 +10,20 @@ Paper: Gu, Dao 2023, arXiv:2312.00752: Algorithm 2, figure 3, initialisation in 
 (arXiv:2410.05355) and Jamba (arXiv:2403.19887) normalise r, B and C before use.
 """
 
-import math
 from functools import partial
 
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as init
 
-from zoo import ops
 from zoo.config import ZooConfig
 from zoo.fla import SILU, fla_layout, from_fla
-from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
-from zoo.kernels.scan.selective import selective_flops
-from zoo.layers import GatedNorm, ShortConv, wide
+from zoo.layers import GatedNorm, ShortConv
 from zoo.layout import Layout, rename, squeeze
-from zoo.mixer import Mixer, State
+from zoo.mixer import State
 from zoo.registry import register
+from zoo.selective import SelectiveMixer
 from zoo.state_spaces import state_spaces_layout
 from zoo.terms import COMMON
 
@@ -55,7 +50,7 @@ class MambaConfig(ZooConfig):
             raise ValueError(f"MambaConfig: inner_norm {self.inner_norm!r} is unknown; choose 'plain', 'weighted' or None")
 
 
-class MambaMixer(Mixer):
+class MambaMixer(SelectiveMixer):
     """State: `memory` `[B, inner, N]`, and `conv`, the last inputs of the convolution, `[B, W - 1, inner]`."""
 
     lora_targets = ("in_proj", "x_proj", "dt_proj", "out_proj")
@@ -68,8 +63,7 @@ class MambaMixer(Mixer):
         self.conv = ShortConv(self.inner, config.conv_kernel, bias=config.conv_bias)
         self.x_proj = nn.Linear(self.inner, self.rank + 2 * self.states, bias=False)
         self.dt_proj = nn.Linear(self.rank, self.inner)
-        self.A_log = nn.Parameter(torch.empty(self.inner, self.states))
-        self.D = nn.Parameter(torch.empty(self.inner))
+        self.make_scan_parameters()
         self.out_proj = nn.Linear(self.inner, width, bias=config.bias)
         self.r_norm, self.B_norm, self.C_norm = (
             GatedNorm(size, eps=config.inner_norm_eps, elementwise=config.inner_norm == "weighted") if config.inner_norm else nn.Identity()
@@ -77,33 +71,14 @@ class MambaMixer(Mixer):
         )
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        bound = self.rank**-0.5
-        init.uniform_(self.dt_proj.weight, -bound, bound)
-        init.uniform_(self.dt_proj.bias, math.log(0.001), math.log(0.1))
-        step = self.dt_proj.bias.detach().exp()
-        init.copy_(self.dt_proj.bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-        rates = torch.arange(1, self.states + 1, dtype=torch.float32, device=self.A_log.device)
-        init.copy_(self.A_log, rates.log().expand(self.inner, -1))
-        init.ones_(self.D)
-
-    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        memory = torch.zeros(batch, self.inner, self.states, dtype=accumulator(dtype), device=device)
-        return {"memory": memory, "conv": self.conv.initial_state(batch, dtype, device)}
-
-    def operator_flops(self, length: int) -> int:
-        return selective_flops(length, self.inner, self.states)
-
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
         state = state or {}
         x, gate = self.in_proj(x).chunk(2, dim=-1)
         x, conv = self.conv(x, state.get("conv"), packing)
         rank, B, C = self.x_proj(x).split([self.rank, self.states, self.states], dim=-1)
         rank, B, C = self.r_norm(rank), self.B_norm(B), self.C_norm(C)
-        dt = F.softplus(wide(self.dt_proj(rank)))
-        A = -wide(self.A_log).exp()
-        y, memory = ops.selective_scan(wide(x), dt, A, wide(B), wide(C), D=wide(self.D), state=state.get("memory"), packing=packing)
-        return self.out_proj(y.to(x.dtype) * F.silu(gate)), {"memory": memory, "conv": conv}
+        y, memory = self.scan(x, rank, B, C, state.get("memory"), packing)
+        return self.out_proj(y * F.silu(gate)), {"memory": memory, "conv": conv}
 
 
 def from_mamba(foreign: dict) -> dict:

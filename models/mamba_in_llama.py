@@ -8,23 +8,17 @@ Channels stand in H heads of N, each with a C of its own; heads share x and B in
 Paper: Wang, Paliotta, May, Rush, Dao 2024, arXiv:2408.15237: section 3 and Algorithm 1; Mamba is arXiv:2312.00752.
 """
 
-import math
-
-import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import initialization as init
 
-from zoo import ops
-from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
-from zoo.kernels.scan.selective import selective_flops
-from zoo.layers import ShortConv, merge_heads, split_heads, wide
+from zoo.layers import ShortConv, merge_heads, split_heads
 from zoo.layout import mapped, rename, squeeze
 from zoo.mamba_in_llama import DistilledConfig, beside_layout
-from zoo.mixer import Mixer, State
+from zoo.mixer import State
 from zoo.registry import register
+from zoo.selective import SelectiveMixer
 
 
 @strict
@@ -41,7 +35,7 @@ class MambaInLlamaConfig(DistilledConfig):
     step_rank: int | None = None  # rank of the step size's projection; None: D / 16, rounded up
 
 
-class MambaInLlamaMixer(Mixer):
+class MambaInLlamaMixer(SelectiveMixer):
     """State: `memory` `[B, H N, N]`, and `conv`, the last inputs of the convolution, `[B, W - 1, H N]` (G N if it comes first)."""
 
     lora_targets = ("x_proj", "B_proj", "C_proj", "gate_proj", "out_proj")
@@ -58,27 +52,9 @@ class MambaInLlamaMixer(Mixer):
         self.dt_down = nn.Linear(width, self.rank, bias=False)
         self.dt_proj = nn.Linear(self.rank, self.inner)
         self.conv = ShortConv(self.inner if self.repeat_first else shared, config.conv_kernel, bias=config.conv_bias)
-        self.A_log = nn.Parameter(torch.empty(self.inner, self.states))
-        self.D = nn.Parameter(torch.empty(self.inner))
+        self.make_scan_parameters()
         self.out_proj = nn.Linear(self.inner, width, bias=False)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        bound = self.rank**-0.5
-        init.uniform_(self.dt_proj.weight, -bound, bound)
-        init.uniform_(self.dt_proj.bias, math.log(0.001), math.log(0.1))
-        step = self.dt_proj.bias.detach().exp()
-        init.copy_(self.dt_proj.bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
-        rates = torch.arange(1, self.states + 1, dtype=torch.float32, device=self.A_log.device)
-        init.copy_(self.A_log, rates.log().expand(self.inner, -1))
-        init.ones_(self.D)
-
-    def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
-        memory = torch.zeros(batch, self.inner, self.states, dtype=accumulator(dtype), device=device)
-        return {"memory": memory, "conv": self.conv.initial_state(batch, dtype, device)}
-
-    def operator_flops(self, length: int) -> int:
-        return selective_flops(length, self.inner, self.states)
 
     def repeat(self, x: Tensor) -> Tensor:
         """`[B, T, G N] -> [B, T, H, N]`."""
@@ -90,10 +66,8 @@ class MambaInLlamaMixer(Mixer):
         u, conv = self.conv(merge_heads(self.repeat(u)) if self.repeat_first else u, state.get("conv"), packing)
         u = u if self.repeat_first else merge_heads(self.repeat(u))
         B, C = self.repeat(self.B_proj(x)), split_heads(self.C_proj(x), self.heads)
-        dt = F.softplus(wide(self.dt_proj(self.dt_down(x))))
-        A = -wide(self.A_log).exp()
-        y, memory = ops.selective_scan(wide(u), dt, A, wide(B), wide(C), D=wide(self.D), state=state.get("memory"), packing=packing)
-        return self.out_proj(y.to(x.dtype) * F.silu(self.gate_proj(x))), {"memory": memory, "conv": conv}
+        y, memory = self.scan(u, self.dt_down(x), B, C, state.get("memory"), packing)
+        return self.out_proj(y * F.silu(self.gate_proj(x))), {"memory": memory, "conv": conv}
 
 
 LAYER, THEIRS = "model.layers.{}.mixer.", "model.layers.{}.mamba."
