@@ -67,7 +67,7 @@ def sees(p: int, j: int, global_p: bool, global_j: bool, *, causal=True, window=
     return steps < window if causal else abs(steps) <= window
 
 
-def naive(q, k, v, p, j, marked=None, slopes=None, log_forget=None, softcap=None, **rule) -> tuple[Tensor, Tensor]:
+def naive(q, k, v, p, j, marked=None, slopes=None, log_forget=None, softcap=None, normaliser="softmax", **rule) -> tuple[Tensor, Tensor]:
     """Query by query, key by key; p and j are lists of positions, one for every row."""
     out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -math.inf)
     for b in range(q.shape[0]):
@@ -83,7 +83,8 @@ def naive(q, k, v, p, j, marked=None, slopes=None, log_forget=None, softcap=None
                 if log_forget is not None:
                     gates = log_forget[b, :, h]
                     logits = logits + torch.stack([gates[s + 1 : j[b].index(p[b][t]) + 1].sum() for s in seen])
-                out[b, t, h], lse[b, t, h] = logits.softmax(0) @ v[b, seen, g], logits.logsumexp(0)
+                weights = 1 / (1 + (-logits).exp()) if normaliser == "sigmoid" else logits.softmax(0)
+                out[b, t, h], lse[b, t, h] = weights @ v[b, seen, g], logits.logsumexp(0)
     return out, lse
 
 
@@ -129,6 +130,18 @@ def test_biases(rule, causal):
     if causal:
         extras["log_forget"] = -normal(2, 150, 4, seed=3).abs()
     check(given, rule | extras, naive(*given, positions, positions, **rule, **extras), "biased")
+
+
+@pytest.mark.parametrize("rule", [{}, {"window": 9}, {"window": 3, "sinks": 2, "causal": False}], ids=str)
+def test_sigmoid(rule):
+    """Weights of their own, with slopes of both signs."""
+    given, positions = triple(2, 130, 130), [list(range(130))] * 2
+    rule = rule | {"slopes": torch.tensor([0.5, 0.25, -0.125, -0.5], dtype=torch.float64), "normaliser": "sigmoid"}
+    exact, _ = naive(*given, positions, positions, **rule)
+    narrow, single = [x.float() for x in given], rule | {"slopes": rule["slopes"].float()}
+    plain, _ = attention(*narrow, **single, backend="reference")
+    assert_close(attention(*narrow, **single, backend="chunked")[0], plain, exact, "sigmoid")
+    same(attention(*given, **rule, backend="reference")[0], exact, "the definition in float64")
 
 
 @pytest.mark.parametrize("rule", [{}, {"window": 9, "sinks": 2}], ids=str)
@@ -337,6 +350,8 @@ def test_cache_stays_where_it_is():
         ({"dilation": 0}, "dilation"),
         ({"sinks": -1}, "sinks"),
         ({"softcap": 0.0}, "softcap"),
+        ({"normaliser": "relu"}, "normaliser"),
+        ({"normaliser": "sigmoid", "return_lse": True}, "return_lse"),
         ({"q_positions": torch.zeros(2, 4, dtype=torch.int64)}, "kv_positions"),
         ({"log_forget": torch.zeros(2, 5, 4), "causal": False}, "log_forget"),
         ({"global_tokens": torch.zeros(2, 5)}, "global_tokens"),

@@ -52,11 +52,12 @@ class AttentionMixer(Mixer):
         return flops(pairs, self.heads, self.keys, self.values)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: State | None, packing: Packing | None
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: State | None, packing: Packing | None, **terms
     ) -> tuple[Tensor, State]:
-        """Attention of these queries to the cached and the new keys, and the cache after."""
+        """Attention of these queries to the cached and the new keys, and the cache after; `terms`: further ones of `ops.attention`
+        that belong to no single token."""
         window = None if self.window is None else (self.window - 1, self.window - 1)  # beside the own token; if causal the left counts
-        rule = {"causal": self.causal, "window": window, "sinks": self.sinks, "softcap": self.softcap, "scale": self.scale}
+        rule = {"causal": self.causal, "window": window, "sinks": self.sinks, "softcap": self.softcap, "scale": self.scale} | terms
         if not self.causal:
             return ops.attention(q, k, v, **rule, packing=packing)[0], {}
         if self.window is None:

@@ -1,4 +1,4 @@
-"""Softmax attention over a mask that is a rule: full, windowed, dilated, with sinks or global tokens, biased or forgetting."""
+"""Attention over a mask that is a rule: full, windowed, dilated, with sinks or global tokens, biased or forgetting."""
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from zoo.kernels.dispatch import Backend, Op
 from zoo.kernels.packing import Packing
 
 NAME = "attention"
+NORMALISERS = ("softmax", "sigmoid")
 
 
 def attention(
@@ -28,6 +29,7 @@ def attention(
     slopes: Tensor | None = None,
     log_forget: Tensor | None = None,
     softcap: float | None = None,
+    normaliser: str = "softmax",
     scale: float | None = None,
     q_positions: Tensor | None = None,
     kv_positions: Tensor | None = None,
@@ -49,14 +51,15 @@ def attention(
         sinks: positions below it are visible to all, window and dilation notwithstanding.
         global_tokens: `[B, Tk]` booleans: these see all and are seen by all. A query is global if the key at its
             position is. Neither sinks nor global tokens are seen before their time if causal.
-        slopes: `[H]`, ALiBi's.
+        slopes: `[H]`, ALiBi's; negative ones favour the far.
         log_forget: `[B, Tk, H]`, logarithm of the forget gates, never positive, any floating dtype; causal only.
         softcap: bound of the logits before biases. scale: default `1 / sqrt(K)`.
+        normaliser: what makes weights of logits: "softmax" over the keys that are seen, or "sigmoid" of each by itself.
         q_positions, kv_positions: `[B, Tq]` and `[B, Tk]` int64, both or neither. A key at a negative position is an
             empty slot, never seen. Keys may lie in any order, except that with log_forget positions must not decrease,
             empty slots aside. Default: keys count from 0, queries are the last Tq of them.
         packing: documents laid end to end in one row (B = 1, Tq = Tk); nothing crosses, positions start anew in each.
-        return_lse: also return the log-sum-exp of the logits.
+        return_lse: also return the log-sum-exp of the logits; softmax only.
         backend: see `zoo.kernels.dispatch`.
 
     Returns:
@@ -72,7 +75,8 @@ def attention(
     positions are the default ones; with global tokens it must count them, which waits for the device.
 
     Source: windows, dilation and global tokens: Longformer arXiv:2004.05150, section 3.1; sinks arXiv:2309.17453; slopes
-    arXiv:2108.12409; forget gates arXiv:2503.02130; softcap: Gemma 2 arXiv:2408.00118.
+    arXiv:2108.12409, of both signs arXiv:2502.18845; forget gates arXiv:2503.02130; softcap: Gemma 2 arXiv:2408.00118;
+    sigmoid arXiv:2409.04431.
     """
     float_dtype(NAME, q=q, k=k, v=v)
     shapes = Shapes(NAME)
@@ -92,11 +96,15 @@ def attention(
         raise ValueError(f"{NAME}: q has {shapes['Tq']} tokens but k only {shapes['Tk']}; give q_positions and kv_positions")
     if ordered and packing is not None and not causal:  # behind a document's end there must be nothing to see
         q_positions = kv_positions = packing.positions.unsqueeze(0)
+    if normaliser not in NORMALISERS:
+        raise ValueError(f"{NAME}: normaliser {normaliser!r} is unknown; choose one of {', '.join(NORMALISERS)}")
+    if return_lse and normaliser != "softmax":
+        raise ValueError(f"{NAME}: return_lse is defined for normaliser='softmax' only, not {normaliser!r}")
     left, right = _window(window, causal)
     tensors = {"q": q, "k": k, "v": v, "q_positions": q_positions, "kv_positions": kv_positions}
     tensors |= {"global_tokens": global_tokens, "slopes": slopes, "log_forget": log_forget}
     options = {"causal": bool(causal), "left": left, "right": right, "dilation": dilation, "sinks": sinks, "ordered": ordered}
-    options |= {"softcap": None if softcap is None else float(softcap)}
+    options |= {"softcap": None if softcap is None else float(softcap), "normaliser": normaliser}
     options |= {"scale": float(scale if scale is not None else shapes["K"] ** -0.5), "return_lse": bool(return_lse)}
     return OP(tensors, options, packing, backend)
 
@@ -175,6 +183,7 @@ OP = Op(
         "sinks": "int",
         "ordered": "bool",
         "softcap": "float?",
+        "normaliser": "str",
         "scale": "float",
         "return_lse": "bool",
     },
@@ -190,6 +199,7 @@ OP = Op(
         "window-sinks": _case(window=4, sinks=2, dilation=2, return_lse=True),
         "longformer": _case(causal=False, window=3, marked=True),
         "alibi": _case(slopes=True, window=7),
+        "sigmoid": _case(slopes=True, window=5, groups=1, normaliser="sigmoid"),
         "forgetting": _case(forget=True, softcap=4.0),
         "forgetting-window": _case(forget=True, window=6, sinks=1),
     },

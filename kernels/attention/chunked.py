@@ -22,10 +22,10 @@ SMALLEST, LARGEST = 32, 256  # blocks of the band
 
 def attention(
     q, k, v, q_positions, kv_positions, global_tokens, slopes, log_forget,
-    causal, left, right, dilation, sinks, ordered, softcap, scale, return_lse,
+    causal, left, right, dilation, sinks, ordered, softcap, normaliser, scale, return_lse,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     rule = Rule(causal, left, right, dilation, sinks)
-    soft = Softmax(scale, softcap, return_lse)
+    soft = Softmax(scale, softcap, return_lse, normaliser)
     queries, keys = q.shape[1], k.shape[1]
     unruled = left is None and dilation == 1 and kv_positions is None
     biased = slopes is not None or log_forget is not None
@@ -43,11 +43,11 @@ def attention(
 
 
 class Softmax:
-    """What happens between logits and outputs, for any set of pairs."""
+    """What happens between logits and outputs, for any set of pairs; with another normaliser the sigmoid of each logit."""
 
-    def __init__(self, scale: float, softcap: float | None, return_lse: bool):
-        self.scale, self.softcap, self.return_lse = scale, softcap, return_lse
-        self.native = softcap is None and not return_lse
+    def __init__(self, scale: float, softcap: float | None, return_lse: bool, normaliser: str = "softmax"):
+        self.scale, self.softcap, self.return_lse, self.alone = scale, softcap, return_lse, normaliser == "sigmoid"
+        self.native = softcap is None and not return_lse and not self.alone
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """q `[B, Tq, H, K]`, k and v `[B, Tk, G, .]`, seen `[B, Tq, Tk]`, added to the logits `[B, H, Tq, Tk]`."""
@@ -66,8 +66,8 @@ class Softmax:
             logits = logits + added
         logits = logits.masked_fill(~safe, -torch.inf)
         top = logits.detach().amax(-1, keepdim=True)
-        weights = (logits - top).exp()
-        total = weights.sum(-1, keepdim=True)
+        weights = logits.sigmoid() if self.alone else (logits - top).exp()
+        total = 1.0 if self.alone else weights.sum(-1, keepdim=True)
         out = (weights.reshape(*grouped, k.shape[2]) @ v).reshape(batch, heads, queries, -1) / total
         out = out.transpose(1, 2).masked_fill(blind.unsqueeze(-1), 0).to(dtype)
         lse = (total.log() + top).squeeze(-1).transpose(1, 2).masked_fill(blind, -torch.inf) if self.return_lse else None

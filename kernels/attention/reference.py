@@ -1,4 +1,4 @@
-"""The definition: one masked softmax over all pairs."""
+"""The definition: one masked softmax, or sigmoid, over all pairs."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from zoo.kernels.checks import accumulator
 
 def attention(
     q, k, v, q_positions, kv_positions, global_tokens, slopes, log_forget,
-    causal, left, right, dilation, sinks, ordered, softcap, scale, return_lse,
+    causal, left, right, dilation, sinks, ordered, softcap, normaliser, scale, return_lse,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype, acc = v.dtype, accumulator(v.dtype)
     rule = Rule(causal, left, right, dilation, sinks)
@@ -27,7 +27,8 @@ def attention(
         logits = logits + added
     blind = ~seen.any(-1, keepdim=True)  # sees nothing: given everything for the softmax's sake, then set to 0
     logits = logits.masked_fill(~(seen | blind), -torch.inf)
-    out = torch.einsum("bhqs,bshv->bqhv", logits.softmax(-1).masked_fill(blind, 0), v).to(dtype)
+    weights = logits.sigmoid() if normaliser == "sigmoid" else logits.softmax(-1)
+    out = torch.einsum("bhqs,bshv->bqhv", weights.masked_fill(blind, 0), v).to(dtype)
     if not return_lse:
         return out, None
     return out, logits.logsumexp(-1).masked_fill(blind.squeeze(-1), -torch.inf).transpose(1, 2)
