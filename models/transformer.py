@@ -221,6 +221,7 @@ register(
         ),
         "340m": dict(hidden_size=1024, num_hidden_layers=24, num_heads=16, tie_word_embeddings=True),
         "1.3b": dict(hidden_size=2048, num_hidden_layers=24, num_heads=32),
+        "sliding-window-1.3b": dict(hidden_size=2048, num_hidden_layers=24, num_heads=32, window=2048),
     },
     layouts=(*LAYOUTS, FLA),
 )  # fmt: skip
