@@ -1,10 +1,13 @@
-"""Attention over lists of blocks against pairs written out, and the sums that lists are chosen by against whole windows."""
+"""Attention over lists of blocks against pairs written out, the sums that lists are chosen by against whole windows, and the
+choices of the architectures against their papers' formulas, token by token."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from zoo import registry
 from zoo.evaluate.closeness import assert_close
+from zoo.evaluate.subject import Subject, mix, pieces
 from zoo.kernels.attention import blocks, summaries
 from zoo.ops import Packing, block_attention
 
@@ -96,3 +99,104 @@ def test_sums_grow_with_the_sequence(size, stride, grad):
     counted = sum((last <= place).sum().item() for place in range(40))
     assert summaries.pairs(40, size=size, stride=stride) == counted
     assert summaries.pairs(size - 1, size=size, stride=stride) == 0
+
+
+# -- architectures ----------------------------------------------------------------------------------------------------
+
+SHORT = {  # lists that leave most blocks out
+    "moba": {"block_size": 3, "num_blocks": 3},
+    "infllm_v2": {"block_size": 4, "num_blocks": 4, "near_blocks": 2, "pool_size": 6, "pool_stride": 2},
+    "nsa": {"block_size": 6, "num_blocks": 4, "pool_size": 4, "pool_stride": 2},
+}
+every = pytest.mark.parametrize("name", SHORT)
+
+
+def overlap(first: range, second: range) -> int:
+    return len(set(first) & set(second))
+
+
+def wanted(name: str, config, q: Tensor, k: Tensor, t: int) -> list[set[int]]:
+    """The blocks that the token at t sees, for every head (MoBA) or group: q `[T, H, K]`, k `[T, G, K]`."""
+    size, own = config.block_size, t // config.block_size
+    blocks = [range(n * size, (n + 1) * size) for n in range(own + 1)]
+    groups, sharing = k.shape[1], q.shape[1] // k.shape[1]
+    if name == "moba":
+        always = {own}
+        scores = [[k[list(block), h // sharing].mean(0) @ q[t, h] for block in blocks[:-1]] for h in range(q.shape[1])]
+    else:
+        first, near = (1, 2) if name == "nsa" else (config.first_blocks, config.near_blocks)
+        always = {*range(min(first, own + 1)), *range(max(0, own - near + 1), own + 1)}
+        stride, length = config.pool_stride, config.pool_size
+        windows = [range(n, n + length) for n in range(0, t + 2 - length, stride)]
+        scores = []
+        for group in range(groups):
+            means = torch.stack([k[list(window), group].mean(0) for window in windows]) if windows else k[:0, group]
+            heads = range(group * sharing, (group + 1) * sharing)
+            share = sum((means @ q[t, h] / k.shape[2] ** 0.5).softmax(0) for h in heads)
+            near_windows = [[(n, overlap(window, block)) for n, window in enumerate(windows)] for block in blocks]
+            if name == "nsa":
+                scores.append([sum(share[n] * common / stride for n, common in row) for row in near_windows])
+            else:
+                scores.append([max((share[n] for n, common in row if common), default=0.0) for row in near_windows])
+    rest = [sorted(set(range(own + 1)) - always, key=lambda n, row=row: -float(row[n])) for row in scores]
+    return [always | set(order[: config.num_blocks - len(always)]) for order in rest]
+
+
+@every
+def test_chooses_as_its_paper_says(name):
+    config = registry.build_config(f"{name}-tiny", **SHORT[name])
+    mixer = registry.get(name).mixer(config, 0)
+    q, k, at = normal(1, 61, 4, 8), normal(1, 61, 2, 8, seed=1), torch.arange(61).unsqueeze(0)
+    weight = torch.full((config.pool_size, 1, 1), 1 / config.pool_size, dtype=torch.float64) if name == "nsa" else None
+    sums = summaries.add(None, k, at, 64, **mixer.pool, weight=weight)
+    lists = mixer.choose(q, sums, at)[0]
+    for t in range(61):
+        found = [set(row.tolist()) - {-1} for row in lists[:, t]]
+        assert found == wanted(name, config, q[0], k[0], t), f"token {t}"
+
+
+@every
+def test_many_tokens_choose_in_turn(name, monkeypatch):
+    mixer = Subject(name).mixer(torch.float64, **SHORT[name])
+    x = Subject(name).inputs(1, 50, torch.float64)
+    whole = mix(mixer, x)[0].detach()
+    monkeypatch.setattr("zoo.listed.PAIRS", 1)
+    turns = mix(mixer, x)[0].detach()
+    assert_close(turns.float(), whole.float(), whole, "in turn")
+
+
+@every
+def test_steps_choose_as_the_whole(name):
+    """Far beyond what a list holds, token by token, from a first token and from prefills that end within a window or block."""
+    subject = Subject(name)
+    mixer, x = subject.mixer(torch.float64, **SHORT[name]), subject.inputs(2, 70, torch.float64)
+    with torch.no_grad():
+        whole, state = mix(mixer, x)
+        for prefill in (0, 1, 30, 65):
+            result, after = pieces(mixer, x, list(range(prefill, 70)))
+            assert_close(result.float(), whole.float(), whole, f"prefill of {prefill}")
+            for key, kept in after.items():
+                assert_close(kept.float(), state[key].float(), state[key].double(), f"{key} after a prefill of {prefill}")
+
+
+def test_short_sequences_are_seen_whole():
+    """Transformer's weights, loaded as they are: the same until the lists are full, and no longer."""
+    sizes = {"num_kv_heads": 2, "num_heads": 4}
+    dense = Subject("transformer").mixer(torch.float64, **sizes)
+    for name in ("moba", "infllm_v2"):
+        mixer = Subject(name).mixer(torch.float64, **SHORT[name], **sizes)
+        mixer.load_state_dict(dense.state_dict())
+        x, full = Subject(name).inputs(1, 60, torch.float64), SHORT[name]["block_size"] * SHORT[name]["num_blocks"]
+        with torch.no_grad():
+            result, expected = mix(mixer, x)[0], mix(dense, x)[0]
+        assert_close(result[:, :full].float(), expected[:, :full].float(), expected[:, :full], name)
+        assert (result[:, full:] - expected[:, full:]).abs().amax((0, 2)).min() > 1e-6, f"{name} sees all for ever"
+
+
+def test_lists_must_hold_what_is_always_seen():
+    for name, fields in (("moba", {"num_blocks": 0}), ("infllm_v2", {"num_blocks": 2}), ("nsa", {"num_blocks": 2})):
+        with pytest.raises(Exception, match="num_blocks"):
+            registry.build_config(f"{name}-tiny", **fields)
+    for name in ("infllm_v2", "nsa"):
+        with pytest.raises(Exception, match="pool_stride"):
+            registry.build_config(f"{name}-tiny", pool_stride=3)
