@@ -12,7 +12,7 @@ COMMANDS = {  # name: (file of scripts/, what it does)
     "evaluate": ("evaluate_model", "perplexity by position, passkeys, needles, copying, tasks of lm-eval"),
     "pretrain": ("pretrain", "train an architecture from random weights"),
     "finetune": ("finetune", "train a model further: whole, in part, or with low-rank adapters"),
-    "convert": ("convert", "turn a pretrained transformer into a hybrid of other mixers"),
+    "convert": ("convert", "turn a pretrained transformer into a hybrid of other mixers, by a recipe"),
     "push": ("push_to_hub", "put a checkpoint on the Hub, with its card"),
     "pull": ("pull_from_hub", "fetch a checkpoint from the Hub into a folder"),
     "bench": ("benchmark", "time operators and training beside other libraries, weigh loading"),
@@ -22,7 +22,7 @@ COMMANDS = {  # name: (file of scripts/, what it does)
 EXAMPLES = """\
   zoo list delta
   zoo pretrain --architecture gla-tiny --dataset_name pydoc --tokenizer_name bytes --learning_rate 3e-3 --max_steps 400 --output_dir bytes
-  zoo convert HuggingFaceTB/SmolLM2-135M-Instruct -o student --mixer gated_deltanet --keep 10
+  zoo convert run HuggingFaceTB/SmolLM2-135M-Instruct -o student --mixer gated_deltanet --keep-attention 10 --tokens-scale 0.01
   zoo generate student --chat "What is a Python module?"
   zoo evaluate student --tasks perplexity passkey --length 1024 -o results"""
 

@@ -5,7 +5,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-COLOURS = ("#4c566a", "#d08770", "#5e81ac")  # one for each model, the same in every panel
+COLOURS = ("#4c566a", "#d08770", "#5e81ac")  # teacher, converted, trained; the same in every panel
 
 
 @dataclass
@@ -65,14 +65,14 @@ def draw(rows: list[Row], losses: list[list[float]], path: Path) -> None:
     FigureCanvasAgg(figure)
     (quality, memory), (speed, learning) = figure.subplots(2, 2)
     names = [row.name for row in rows]
-    bars = quality.bar(names, [row.perplexity for row in rows], color=COLOURS)
+    bars = quality.bar(names, [row.perplexity for row in rows], color=[*COLOURS[:2], *COLOURS[2:] * len(rows)][: len(rows)])
     quality.bar_label(bars, fmt="%.2f")
     quality.margins(y=0.15)
     quality.set(
         title="Perplexity on held-out text", yscale="log" if max(r.perplexity for r in rows) > 10 * rows[0].perplexity else "linear"
     )
 
-    for row, colour in {r.name: (r, c) for r, c in zip(rows, COLOURS, strict=False) if r in (rows[0], rows[-1])}.values():
+    for row, colour in ((rows[0], COLOURS[0]), (rows[-1], COLOURS[-1])):
         memory.plot(list(row.state_bytes), [b / 2**20 for b in row.state_bytes.values()], "o-", color=colour, label=row.name)
     memory.set(title="State and KV cache of one sequence", xlabel="tokens", ylabel="MiB", xscale="log", yscale="log")
     memory.set_xticks(list(rows[0].state_bytes), [_tokens(n) for n in rows[0].state_bytes])

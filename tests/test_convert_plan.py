@@ -1,0 +1,170 @@
+"""Plans of conversions: told from config and headers alone, and true of the conversion that follows."""
+
+import json
+import struct
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import zoo
+from zoo.convert import convert, converted_layers, load_teacher
+from zoo.convert.fit import Fit
+from zoo.convert.headers import read_blueprint, read_headers
+from zoo.convert.plan import blank_student, even, layout_config, make_plan
+from zoo.convert.recipe import load_recipe, settled
+from zoo.convert.show import amount, plan_text, recipes_text
+from zoo.evaluate.speed import state_bytes
+
+SIZES = dict(vocab_size=97, hidden_size=32, intermediate_size=52, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+KINDS = {
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES, tie_word_embeddings=True)),
+}
+BILLION = dict(
+    vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8
+)
+
+
+@pytest.fixture(params=KINDS)
+def folder(request, tmp_path):
+    cls, config = KINDS[request.param]
+    torch.manual_seed(0)
+    cls(config).save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+def headers_alone(folder, model) -> None:
+    """A checkpoint whose file ends with its header."""
+    model.config.save_pretrained(folder)
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    header, at = {}, 0
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            end = at + 2 * tensor.numel()
+            header[name], at = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, end]}, end
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+
+
+@pytest.mark.parametrize("recipe", ["zoo", "radlads"])
+def test_a_plan_is_true_of_the_conversion(folder, recipe):
+    method = load_recipe(recipe, {"keep": [1]})
+    plan, teacher = make_plan(read_blueprint(str(folder)), method), load_teacher(str(folder))
+    student = convert(teacher, mixer=method.mixer, keep=[1], window=method.window, sinks=method.sinks, inherit=method.inherit)
+    assert plan.strip == "X A X X" and converted_layers(student) == [0, 2, 3]
+    assert plan.weights["student"].parameters == sum(p.numel() for p in student.parameters())
+    given = sum(plan.weights[name].parameters for name in ("copied", "transformed", "dropped"))
+    assert given == plan.teacher["parameters"] == sum(p.numel() for p in teacher.parameters())
+    assert plan.weights["dropped"].tensors == 0 and not plan.missing
+    assert plan.state_bytes[4096] == (state_bytes(teacher, 4096, teacher.dtype), state_bytes(student, 4096, teacher.dtype))
+    rows = torch.zeros(1, 16, dtype=torch.long)
+    for stage, planned in zip(settled(method, plan.teacher["parameters"]).stages, plan.stages, strict=True):
+        fit = Fit(teacher, student, rows, stage)
+        weights = [p for group in fit.optimizer.param_groups for p in group["params"]]
+        assert planned.trained == sum(p.numel() for p in weights) and planned.steps == fit.steps
+        assert planned.memory["gradients"] == 4 * planned.trained and planned.memory["moments"] == 8 * planned.trained
+        assert planned.memory["student"] == sum(4 * p.numel() for p in student.parameters())
+    text = plan_text(plan)
+    assert "X A X X" in text and f"all {len(dict(teacher.named_parameters()))} tensors of the teacher are accounted for" in text
+    assert json.loads(json.dumps(plan.to_dict()))["weights"]["copied"]["tensors"] == plan.weights["copied"].tensors
+
+
+@pytest.mark.parametrize(("cls", "config"), [(LlamaForCausalLM, LlamaConfig), (Qwen2ForCausalLM, Qwen2Config)])
+def test_a_billion_parameters_need_their_headers_only(cls, config, tmp_path):
+    with torch.device("meta"):
+        model = cls(config(**BILLION, tie_word_embeddings=True))
+    headers_alone(tmp_path, model)
+    assert (tmp_path / "model.safetensors").stat().st_size < 2**16
+    plan = make_plan(read_blueprint(str(tmp_path)), load_recipe("zoo"))
+    count = sum(p.numel() for p in model.parameters())
+    assert plan.teacher["parameters"] == count > 10**9 and plan.teacher["bytes"] == 2 * count
+    before, after = plan.state_bytes[131072]
+    assert before == (2 * 2 * 131072 * 8 * 64 + 8) * 16  # keys and values, and the position
+    assert after / before == pytest.approx(0.25, abs=0.01)
+    heads = 2 * 4096 * BILLION["vocab_size"] * BILLION["hidden_size"]
+    layers = 2 * 4096 * 16 * (2048 * (2048 + 512 + 512 + 2048) + 3 * 2048 * 8192)
+    assert plan.flops[0] > heads + layers and plan.flops[0] < 1.5 * (heads + layers)
+    assert [plan.stages[i].memory["teacher"] for i in (0, 1)] == [4 * count] * 2
+    assert "embedding and head are tied, and are trained tied" in plan.warnings
+
+
+def test_teachers_of_our_own_and_in_shards(tmp_path):
+    model = zoo.from_config("transformer-tiny")
+    model.save_pretrained(tmp_path / "own", max_shard_size="20KB")
+    assert len(list((tmp_path / "own").glob("*.safetensors"))) > 1
+    blueprint = read_blueprint(str(tmp_path / "own"))
+    assert blueprint.layout == "zoo" and {n: t.shape for n, t in blueprint.tensors.items()} == {
+        n: t.shape for n, t in model.state_dict().items()
+    }
+    assert make_plan(blueprint, load_recipe("zoo")).weights["copied"].tensors == len(blueprint.tensors)
+
+
+def test_a_repeated_head_is_dropped_by_name(tmp_path):
+    headers_alone(tmp_path, KINDS["qwen2"][0](KINDS["qwen2"][1]))
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    header = json.loads(content[8:])
+    text = json.dumps(header | {"lm_head.weight": header["model.embed_tokens.weight"]}).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    assert read_blueprint(str(tmp_path)).report.dropped == {"lm_head.weight": "tied to the embedding"}
+
+
+def test_what_a_mixer_cannot_take_is_dropped_with_a_reason(folder):
+    plan = make_plan(read_blueprint(str(folder)), load_recipe("zoo", {"mixer": "mamba2", "window": None, "sinks": 0, "keep": 0}))
+    assert plan.weights["dropped"].tensors == sum(plan.dropped.values()) > 0
+    assert any("Mamba2Mixer has no q_proj.weight" in why for why in plan.dropped)
+    assert any("layers [0, 1] lose attention" in warning for warning in plan.warnings)
+    assert any("mamba2 has no rotary positions" in warning for warning in plan.warnings)
+
+
+def test_tokens_and_settings_say_where_they_are_from(folder):
+    plan = make_plan(read_blueprint(str(folder)), load_recipe("lawcat", {"align.batch": 4}), 0.5)
+    assert plan.settings["align.batch"] == (4, "command line")
+    assert plan.settings["align.tokens"] == (1_000_000, "size of the teacher x 0.5")
+    assert plan.settings["align.length"] == (1024, "recipe") and plan.settings["align.warmup"][1] == "default"
+    assert plan.missing == ["a normaliser in a gated linear attention"]
+    assert "Cannot be run yet, for want of" in plan_text(plan)
+
+
+def test_rows_within_the_window_teach_nothing(folder):
+    plan = make_plan(read_blueprint(str(folder)), load_recipe("zoo", {"align.length": 64}))
+    assert plan.missing == ["stage 'align': rows of 64 tokens never leave the window of 64; lengthen them"]
+    assert "window of 32640" in make_plan(read_blueprint(str(folder)), load_recipe("ahn")).missing[0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda path: path.unlink(), "is missing; a plan reads the headers"),
+        (lambda path: path.write_bytes(b"short"), "has no readable header"),
+        (lambda path: path.write_bytes(struct.pack("<Q", 2) + b"{}"), "missing 2?\\d"),
+    ],
+)
+def test_files_that_do_not_fit_are_named(folder, spoil, message):
+    spoil(folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        read_blueprint(str(folder))
+
+
+def test_what_is_no_teacher_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"no folder with a config\.json"):
+        read_blueprint(str(tmp_path))
+    zoo.from_config("gla-tiny").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="must be a zoo transformer"):
+        read_blueprint(str(tmp_path))
+    assert all(tensor.device.type == "meta" for tensor in read_headers(tmp_path).values())
+
+
+def test_an_even_spread():
+    assert even(30, 3) == (5, 15, 25) and even(4, 4) == (0, 1, 2, 3) and even(8, 0) == ()
+    assert [amount(n) for n in (5, 2048, 3 * 2**20, 2**31)] == ["5 B", "2.00 KiB", "3.00 MiB", "2.00 GiB"]
+    assert all(f"\n{name} " in "\n" + recipes_text() for name in ("zoo", "radlads", "ahn"))
+
+
+def test_fresh_weights_are_those_nothing_fills(folder):
+    teacher = load_teacher(str(folder))
+    config = layout_config(teacher, load_recipe("radlads"))
+    fresh = blank_student(teacher, config)[1].fresh
+    assert fresh and all(".mixer." in name for name in fresh)
+    assert not any(name.endswith(("mixer.q_proj.weight", "mixer.out_proj.weight")) for name in fresh)

@@ -1,0 +1,279 @@
+"""The folder of a conversion: what was asked, how far it is, and the student.
+
+`conversion.json` is what was asked, `progress.pt` the weights, optimizer and losses of the stage at hand; both are replaced whole.
+The student lies in the folder like any model: as converted until the last stage has ended, then as trained.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from zoo.auto import from_pretrained
+from zoo.convert.fit import Fit
+from zoo.convert.plan import blank_student, even, lacks
+from zoo.convert.recipe import Method, read_method
+from zoo.convert.report import Row, write_report
+from zoo.convert.run import LENGTHS, spread
+from zoo.convert.select import most_sensitive, window_sensitivity
+from zoo.convert.student import convert
+from zoo.convert.teacher import load_teacher
+from zoo.convert.texts import pydoc_topics
+from zoo.evaluate.perplexity import perplexity
+from zoo.evaluate.speed import generation_speed, state_bytes
+from zoo.train.data import check_ids, documents, encode
+from zoo.train.data import token_rows as token_file
+from zoo.train.trainer import Interruption
+
+JOB, PROGRESS, REPORT = "conversion.json", "progress.pt", "report.json"
+HELD_ROWS = 16  # of held-out text, to measure perplexity on
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was asked: the teacher's folder or Hub id, a settled recipe, files of text (none: Python's help topics), a seed."""
+
+    teacher: str
+    method: Method
+    data: tuple[str, ...] = ()
+    seed: int = 0
+
+    def to_dict(self) -> dict:
+        return {"teacher": self.teacher, "recipe": self.method.to_dict(), "data": list(self.data), "seed": self.seed}
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu", force: bool = False) -> None:
+    """Make the student and write the folder; what is there of the same job already stays.
+
+    Raises:
+        ValueError: the folder holds another job (with `force` it is begun anew), or the recipe needs what the engine lacks.
+    """
+    folder = Path(folder)
+    if (folder / JOB).is_file():
+        before = read_job(folder)
+        if before.digest == job.digest and not force:
+            return
+        if not force:
+            raise ValueError(
+                f"{folder} holds another conversion ({differences(before, job)}); name another folder, or begin anew with --force"
+            )
+        for name in (JOB, PROGRESS, REPORT):
+            (folder / name).unlink(missing_ok=True)
+    if lacking := job.method.missing():
+        raise ValueError(f"the recipe {job.method.name!r} cannot be run yet, for want of: {'; '.join(lacking)}")
+    teacher, tokenizer = open_teacher(job.teacher, device)
+    train, _ = read_tokens(job.data, tokenizer, teacher.config.vocab_size)
+    for stage in job.method.stages:
+        rows_of(train, stage.length, "text")
+    kept = choose_layers(teacher, job.method, train, say)
+    torch.manual_seed(job.seed)
+    method = job.method
+    student = convert(teacher, mixer=method.mixer, keep=kept, window=method.window, sinks=method.sinks, mixer_args=method.mixer_args,
+                      inherit=method.inherit)  # fmt: skip
+    if lacking := lacks(method, student):
+        raise ValueError(f"the recipe {method.name!r} would teach this student nothing: {'; '.join(lacking)}")
+    student.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write(folder / JOB, lambda path: path.write_text(json.dumps(job.to_dict(), indent=1) + "\n", encoding="utf-8"))
+    say(f"layers {list(kept)} of {len(student.config.plan)} keep attention; the converted student is in {folder}")
+
+
+def advance(folder: str | os.PathLike, say: Say, *, device: str = "cpu", save_every: int = 200, progress: bool = True) -> bool:
+    """Take what is left of the stages; False if a signal came first, and what was done is saved.
+
+    Raises:
+        ValueError: there is no such folder, it is finished, or its data are no longer the same.
+    """
+    folder, job = Path(folder), read_job(Path(folder))
+    if (folder / REPORT).is_file() and not (folder / PROGRESS).is_file():
+        raise ValueError(f"{folder} is finished; its {REPORT} has the results")
+    teacher, tokenizer = open_teacher(job.teacher, device)
+    train, held_out = read_tokens(job.data, tokenizer, teacher.config.vocab_size)
+    student = from_pretrained(folder, task="causal_lm", dtype=torch.float32).to(device).eval()
+    fresh = blank_student(teacher, student.config)[1].fresh
+    held_out = spread(rows_of(held_out, job.method.stages[0].length, "held-out text"), HELD_ROWS)
+    done = load(folder, job, train, device)
+    if done is None:
+        measured = {"teacher": perplexity(teacher, held_out), "converted": perplexity(student, held_out)}
+        done = {"stage": 0, "fit": None, "losses": {}, "perplexity": measured}
+    else:
+        student.load_state_dict(done.pop("weights"))
+    interruption = Interruption()
+    interruption.on_train_begin(None, None, None)
+
+    def after(fit: Fit) -> bool:
+        if interruption.raised or len(fit.history) % save_every == 0:
+            save(folder, job, train, student, done | {"fit": fit.state()})
+        return interruption.raised
+
+    try:
+        while done["stage"] < len(job.method.stages):
+            stage = job.method.stages[done["stage"]]
+            fit = Fit(teacher, student, rows_of(train, stage.length, "text"), stage, fresh=fresh, seed=job.seed + done["stage"])
+            if done["fit"] is not None:
+                fit.load(done["fit"])
+            if not fit.done:
+                fit.run(stage.name if progress else None, after)
+            if not fit.done:
+                say(f"interrupted after step {len(fit.history)} of {fit.steps} of {stage.name}; go on with: resume {folder}")
+                return False
+            done["perplexity"][stage.name] = perplexity(student, held_out)
+            done["losses"][stage.name] = fit.history
+            done["stage"], done["fit"] = done["stage"] + 1, None
+            save(folder, job, train, student, done)
+            say(f"{stage.name}: perplexity {done['perplexity'][stage.name]:.2f} on held-out text")
+    finally:
+        interruption.restore()
+    finish(folder, job, teacher, student, held_out, done)
+    return True
+
+
+def finish(folder: Path, job: Job, teacher: nn.Module, student: nn.Module, held_out: Tensor, done: dict) -> list[Row]:
+    """Save the trained student, its numbers and their picture; progress is no longer needed."""
+    student.save_pretrained(folder)
+    prompt = held_out.flatten()[None, :1024]
+    speeds = {True: generation_speed(teacher, prompt, 8), False: generation_speed(student, prompt, 8)}
+    rows = [
+        Row(name, value, {n: state_bytes(teacher if name == "teacher" else student, n) for n in LENGTHS}, *speeds[name == "teacher"])
+        for name, value in done["perplexity"].items()
+    ]
+    first = job.method.stages[0].name
+    write_report(rows, done["losses"][first], job.to_dict() | {"losses": done["losses"], "digest": job.digest}, folder)
+    (folder / PROGRESS).unlink()
+    return rows
+
+
+def status(folder: str | os.PathLike) -> list[str]:
+    """Lines that tell how far a conversion is."""
+    folder, job = Path(folder), read_job(Path(folder))
+    finished = (folder / REPORT).is_file() and not (folder / PROGRESS).is_file()
+    lines = [f"{job.method.name} of {job.teacher} to {job.method.mixer}, seed {job.seed}, digest {job.digest}"]
+    known = (folder / PROGRESS).is_file()
+    done = torch.load(folder / PROGRESS, weights_only=True, mmap=True, map_location="cpu") if known else {"stage": 0, "fit": None}
+    for index, stage in enumerate(job.method.stages):
+        fit = done["fit"] if index == done["stage"] else None
+        steps = stage.steps if finished or index < done["stage"] else len(fit["history"]) if fit else 0
+        loss = f", loss {sum(fit['history'][-1]) / len(fit['history'][-1]):.4g}" if fit and fit["history"] else ""
+        lines.append(f"{stage.name}: {steps:,} of {stage.steps:,} steps{loss}")
+    measured = json.loads((folder / REPORT).read_text(encoding="utf-8"))["rows"] if finished else []
+    found = {row["name"]: row["perplexity"] for row in measured} or done.get("perplexity", {})
+    return lines + [f"perplexity of {name}: {value:.2f}" for name, value in found.items()] + ["finished"] * finished
+
+
+# -- its files -----------------------------------------------------------------------------------------------------------
+
+
+def read_job(folder: Path) -> Job:
+    """What was asked of this folder."""
+    if not (folder / JOB).is_file():
+        raise ValueError(f"{folder} has no {JOB}, so it is no conversion; begin one with `run` or `init`")
+    content = json.loads((folder / JOB).read_text(encoding="utf-8"))
+    return Job(content["teacher"], read_method(content["recipe"], {}), tuple(content["data"]), content["seed"])
+
+
+def differences(before: Job, now: Job) -> str:
+    """What two jobs do not share."""
+    old, new = ({k: v for k, v in (job.to_dict() | job.to_dict()["recipe"]).items() if k != "recipe"} for job in (before, now))
+    return "; ".join(f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name])
+
+
+def write(path: Path, put: Callable[[Path], object]) -> None:
+    """Write a file that is there whole or not at all."""
+    stage = path.with_name(f".{path.name}.new")
+    put(stage)
+    os.replace(stage, path)
+
+
+def save(folder: Path, job: Job, train: Tensor, student: nn.Module, done: dict) -> None:
+    content = done | {"weights": student.state_dict(), "digest": job.digest, "data": fingerprint(train)}
+    write(folder / PROGRESS, lambda path: torch.save(content, path))
+
+
+def load(folder: Path, job: Job, train: Tensor, device: str) -> dict | None:
+    """The progress there is; ValueError if it is of other data or another recipe."""
+    if not (folder / PROGRESS).is_file():
+        return None
+    done = torch.load(folder / PROGRESS, weights_only=True, map_location=device)
+    for name, now in (("digest", job.digest), ("data", fingerprint(train))):
+        if done.pop(name) != now:
+            what = "recipe" if name == "digest" else "data"
+            raise ValueError(f"{folder}: the {what} changed since {PROGRESS} was written; put it back, or begin anew with run --force")
+    return done
+
+
+def fingerprint(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+
+
+# -- teacher and data ----------------------------------------------------------------------------------------------------
+
+
+def open_teacher(path: str, device: str):
+    """The teacher in float32, and its tokenizer if it has one."""
+    teacher = load_teacher(path, dtype=torch.float32).to(device)
+    has = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
+    return teacher, AutoTokenizer.from_pretrained(path) if has else None
+
+
+def choose_layers(teacher: nn.Module, method: Method, train: Tensor, say: Say) -> tuple[int, ...]:
+    """Which layers stay, as the recipe says."""
+    count = len(teacher.config.layer_configs())
+    kept = method.kept(count)
+    if isinstance(kept, tuple):
+        return kept
+    if method.select != "window" or kept in (0, count):
+        return even(count, kept)
+    window = method.window or 64
+    rows = spread(rows_of(train, max(4 * window, method.stages[0].length), "text"), 2).to(teacher.device)
+    say(f"probing which {kept} layers need to see further than {window} tokens")
+    return tuple(most_sensitive(window_sensitivity(teacher, rows, window=window, sinks=method.sinks), kept))
+
+
+def read_tokens(paths: tuple[str, ...], tokenizer, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Token ids to train on and held out, `[N]` each: the last tenth of every file, or certain of Python's help topics.
+
+    Raises:
+        ValueError: text without a tokenizer, no text, or ids that the teacher does not have.
+    """
+    binary = [path for path in paths if Path(path).suffix in (".bin", ".npy")]
+    if tokenizer is None and len(binary) < max(1, len(paths)):
+        raise ValueError("the teacher has no tokenizer, so the data must be files of tokens: --data tokens.npy")
+    if not paths:
+        parts = [torch.tensor([i for text in texts for i in encode(tokenizer, "text", [(text, True)])[0]]) for texts in pydoc_topics()]
+        check_ids(parts[0].numpy(), vocab_size, "Python's help topics")
+        return parts[0].int(), parts[1].int()
+    train, held = [], []
+    for path in paths:
+        if path in binary:
+            tokens = torch.tensor(token_file(Path(path), 1, vocab_size, None).tokens.astype("int32"))
+        else:
+            tokens = torch.tensor(
+                [i for _, kind, parts in documents(Path(path), tokenizer) for i in encode(tokenizer, kind, parts)[0]]
+            ).int()
+            if not len(tokens):
+                raise ValueError(f"{path} holds no text")
+            check_ids(tokens.numpy(), vocab_size, path)
+        cut = len(tokens) - len(tokens) // 10
+        train.append(tokens[:cut])
+        held.append(tokens[cut:])
+    return torch.cat(train), torch.cat(held)
+
+
+def rows_of(tokens: Tensor, length: int, what: str) -> Tensor:
+    """`[N, length]` int64; what is left over at the end is dropped."""
+    count = len(tokens) // length
+    if not count:
+        raise ValueError(f"the {what} has {len(tokens)} tokens, a row needs {length}; give more with --data, or shorten the stage's length")
+    return tokens[: count * length].view(count, length).long()

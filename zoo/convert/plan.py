@@ -1,0 +1,228 @@
+"""What a conversion will do and cost, told from a teacher's config and the headers of its files alone."""
+
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, fields
+
+import torch
+from torch import nn
+
+from zoo.auto import model_class
+from zoo.convert.fit import trained
+from zoo.convert.headers import Blueprint, size
+from zoo.convert.recipe import Method, Stage, settled
+from zoo.convert.student import converted_layers, student_config
+from zoo.convert.weights import Account, seed_student
+from zoo.evaluate.speed import state_bytes
+from zoo.loss import LOGITS
+from zoo.models.hybrid import HybridConfig
+from zoo.train.meter import forward_flops
+
+LENGTHS = (4096, 32768, 131072)
+WEIGHT = GRADIENT = 4  # bytes a parameter while training, in float32
+MOMENTS = 8  # of Adam
+
+
+@dataclass
+class Part:
+    """Some tensors: how many, their parameters, their bytes."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+@dataclass
+class StagePlan:
+    """A stage's size: tokens and steps, what it trains, its FLOPs, and bytes of memory by what they hold."""
+
+    name: str
+    tokens: int
+    steps: int
+    trained: int
+    flops: float
+    memory: dict[str, int]
+
+
+@dataclass
+class ConversionPlan:
+    """What `plan` found.
+
+    Args:
+        teacher: facts of it; strip: a letter a layer, A for attention that stays, otherwise what replaces it, as `legend` says.
+        weights: what becomes of the teacher's tensors (copied, transformed, dropped), and the student's fresh ones and all.
+        dropped: why -> how many.
+        state_bytes: tokens -> (teacher's, student's) bytes of one sequence, in the teacher's dtype where a state is not wider.
+        flops: of a forward pass over the shortest of those lengths, (teacher's, student's).
+        settings: field -> (value, where it is from).
+        missing: what the engine lacks; empty: it can be run.
+    """
+
+    teacher: dict
+    strip: str
+    legend: str
+    weights: dict[str, Part]
+    dropped: dict[str, int]
+    state_bytes: dict[int, tuple[int, int]]
+    flops: tuple[int, int]
+    stages: list[StagePlan]
+    settings: dict[str, tuple]
+    warnings: list[str]
+    missing: list[str]
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+def make_plan(teacher: Blueprint, method: Method, scale: float = 1.0) -> ConversionPlan:
+    """The plan of a conversion.
+
+    Raises:
+        ValueError: mixer, layers or fields that do not fit the teacher.
+    """
+    method, model = settled(method, teacher.parameters, scale), teacher.model
+    student, account = blank_student(model, layout_config(model, method))
+    dtype = next(iter(teacher.tensors.values())).dtype
+    both = [(state_bytes(model, n, dtype), state_bytes(student, n, dtype)) for n in LENGTHS]
+    names = [layer["mixer"] for layer in student.config.plan]
+    replaced = converted_layers(student)
+    return ConversionPlan(
+        teacher=facts(teacher),
+        strip=" ".join("AX"[index in replaced] for index in range(len(names))),
+        legend=f"A attention as it was ({len(names) - len(replaced)}), X {describe(method)} ({len(replaced)})",
+        weights=weigh(teacher, student, account),
+        dropped=dict(Counter(account.dropped.values())),
+        state_bytes=dict(zip(LENGTHS, both, strict=True)),
+        flops=(forward_flops(model, LENGTHS[0])[0], forward_flops(student, LENGTHS[0])[0]),
+        stages=[plan_stage(model, student, stage, account.fresh) for stage in method.stages],
+        settings=settings(method),
+        warnings=warnings(teacher, method, account, student),
+        missing=lacks(method, student),
+    )
+
+
+def layout_config(model: nn.Module, method: Method) -> HybridConfig:
+    """The student's config; where the layers that stay are yet to be found, they are spread evenly."""
+    count = len(model.config.layer_configs())
+    kept = method.kept(count)
+    kept = even(count, kept) if isinstance(kept, int) else kept
+    return student_config(model.config, method.mixer, kept, method.window, method.sinks, method.mixer_args, method.inherit)
+
+
+def even(layers: int, count: int) -> tuple[int, ...]:
+    """`count` layers at even distances, from the middle of the first stretch on."""
+    return tuple(math.floor((i + 0.5) * layers / count) for i in range(count))
+
+
+def blank_student(teacher: nn.Module, config: HybridConfig) -> tuple[nn.Module, Account]:
+    """The student on the meta device, and what becomes of every weight; `teacher` may hold weights, which are not read."""
+    with torch.device("meta"):
+        source, student = (model_class(c, "causal_lm")(c) for c in (teacher.config, config))
+    return student, seed_student(source, student)
+
+
+def lacks(method: Method, student: nn.Module) -> list[str]:
+    """What the engine lacks for this recipe, and stages that could teach this student nothing."""
+    found = method.missing()
+    replaced = [student.config.layer_configs()[index] for index in converted_layers(student)]
+    window = max((getattr(layer, "window", None) or 0 for layer in replaced), default=0)
+    window = max(window, method.window or 0)
+    for stage in method.stages:
+        if stage.length <= window:
+            found.append(f"stage {stage.name!r}: rows of {stage.length} tokens never leave the window of {window}; lengthen them")
+    return found
+
+
+# -- what becomes of the weights -----------------------------------------------------------------------------------------
+
+
+def facts(teacher: Blueprint) -> dict:
+    """What a teacher is."""
+    config, layer = teacher.model.config, teacher.model.config.layer_configs()[0]
+    keys = layer.head_dim or layer.hidden_size // layer.num_heads
+    return {
+        "layout": teacher.layout, "parameters": teacher.parameters, "bytes": size(teacher.tensors.values()),
+        "dtype": str(next(iter(teacher.tensors.values())).dtype).removeprefix("torch."), "tensors": len(teacher.tensors),
+        "layers": config.num_hidden_layers, "width": config.hidden_size, "heads": layer.num_heads,
+        "kv heads": layer.num_kv_heads or layer.num_heads, "head width": keys, "vocabulary": config.vocab_size,
+        "rope theta": layer.rope_theta, "biases of q, k, v": layer.qkv_bias, "norms of q, k": bool(layer.qk_norm),
+        "window": layer.window, "tied": config.tie_word_embeddings,
+        "keys of its files": str(teacher.report).replace("\n", "; "),
+    }  # fmt: skip
+
+
+def weigh(teacher: Blueprint, student: nn.Module, account: Account) -> dict[str, Part]:
+    """What becomes of the teacher's tensors, in its dtype, and what the student has beside them. Tied tensors count once."""
+    names, own = dict(teacher.model.named_parameters()), dict(student.named_parameters())
+    width = next(iter(teacher.tensors.values())).element_size()
+
+    def part(keys, tensors: dict[str, nn.Parameter]) -> Part:
+        chosen = [tensors[key] for key in keys if key in tensors]
+        count = sum(t.numel() for t in chosen)
+        return Part(len(chosen), count, count * width)
+
+    return {
+        "copied": part(account.copied, names),
+        "transformed": part(account.seeded, names),
+        "dropped": part(account.dropped, names),
+        "fresh": part(account.fresh, own),
+        "student": part(own, own),
+    }
+
+
+def warnings(teacher: Blueprint, method: Method, account: Account, student: nn.Module) -> list[str]:
+    """What should be known before time is spent."""
+    layer, replaced = teacher.model.config.layer_configs()[0], converted_layers(student)
+    known = {f.name for f in fields(type(student.config.layer_configs()[replaced[0]]))} if replaced else set()
+    found = [f"{count} weights are dropped: {why}" for why, count in Counter(account.dropped.values()).items()]
+    if method.window is None and "window" not in known and (early := [index for index in replaced if index < 2]):
+        found.append(f"layers {early} lose attention without a window beside them; the first layers suffer most")
+    if replaced and method.window is None and layer.rope_theta is not None and "rope_theta" not in known:
+        found.append(f"{method.mixer} has no rotary positions, the teacher's queries and keys expect them")
+    if teacher.model.config.tie_word_embeddings and any(stage.train == "all" for stage in method.stages):
+        found.append("embedding and head are tied, and are trained tied")
+    if method.select == "window" and isinstance(method.kept(len(student.config.plan)), int):
+        found.append("which layers stay is measured when the student is made; until then they are spread evenly")
+    return found
+
+
+def settings(method: Method) -> dict[str, tuple]:
+    """Every effective value, and where it is from."""
+    found = {f.name: getattr(method, f.name) for f in fields(Method) if f.name not in ("stages", "origin", "needs")}
+    found |= {f"{stage.name}.{f.name}": getattr(stage, f.name) for stage in method.stages for f in fields(Stage) if f.name != "name"}
+    return {name: (value, method.origin[name]) for name, value in found.items()}
+
+
+def describe(method: Method) -> str:
+    return method.mixer if method.window is None else f"a window of {method.window} with {method.sinks} sinks beside {method.mixer}"
+
+
+# -- what it costs -------------------------------------------------------------------------------------------------------
+
+
+def plan_stage(teacher: nn.Module, student: nn.Module, stage: Stage, fresh: set[str]) -> StagePlan:
+    """FLOPs and memory of a stage as `Fit` takes it: both models whole and in float32."""
+    parameters, layers = dict(student.named_parameters()), converted_layers(student)
+    count = sum(parameters[name].numel() for name in trained(student, stage, fresh))
+    by_layer = stage.target == "mixer_out"
+    forward = 0 if stage.target == "tokens" else forward_flops(teacher, stage.length)[0]
+    learned = sum(student.model.layers[index].mixer.flops(stage.length) for index in layers)
+    per_row = forward + 3 * (learned if by_layer else forward_flops(student, stage.length)[0])
+    row_tokens = stage.batch * stage.length
+    inside = (
+        [outputs(student.model.layers[index].mixer) for index in layers] if by_layer else [outputs(block) for block in student.model.layers]
+    )
+    memory = {
+        "teacher": WEIGHT * sum(p.numel() for p in teacher.parameters()),
+        "student": WEIGHT * sum(p.numel() for p in parameters.values()),
+        "gradients": GRADIENT * count,
+        "moments": MOMENTS * count,
+        "activations": 4 * row_tokens * (max(inside, default=0) if by_layer else sum(inside)),
+        "logits": 0 if by_layer else 4 * 4 * max(64 * student.config.vocab_size, LOGITS),
+    }
+    return StagePlan(stage.name, stage.steps * row_tokens, stage.steps, count, float(stage.steps * stage.batch * per_row), memory)
+
+
+def outputs(module: nn.Module) -> int:
+    """Numbers a token leaves behind in a module's linear layers; what lies between them is not counted."""
+    return sum(m.out_features + m.in_features for m in module.modules() if isinstance(m, nn.Linear))
