@@ -67,7 +67,7 @@ def sees(p: int, j: int, global_p: bool, global_j: bool, *, causal=True, window=
     return steps < window if causal else abs(steps) <= window
 
 
-def naive(q, k, v, p, j, marked=None, slopes=None, log_forget=None, softcap=None, normaliser="softmax", **rule) -> tuple[Tensor, Tensor]:
+def naive(q, k, v, p, j, marked=None, slopes=None, log_forget=None, by_distance=None, softcap=None, normaliser="softmax", **rule):
     """Query by query, key by key; p and j are lists of positions, one for every row."""
     out, lse = q.new_zeros(*q.shape[:3], v.shape[3]), q.new_full(q.shape[:3], -math.inf)
     for b in range(q.shape[0]):
@@ -83,6 +83,9 @@ def naive(q, k, v, p, j, marked=None, slopes=None, log_forget=None, softcap=None
                 if log_forget is not None:
                     gates = log_forget[b, :, h]
                     logits = logits + torch.stack([gates[s + 1 : j[b].index(p[b][t]) + 1].sum() for s in seen])
+                if by_distance is not None:
+                    own = by_distance[b, t, h].tolist()
+                    logits = logits + torch.tensor([own[min(p[b][t] - j[b][s], len(own) - 1)] for s in seen])
                 weights = 1 / (1 + (-logits).exp()) if normaliser == "sigmoid" else logits.softmax(0)
                 out[b, t, h], lse[b, t, h] = weights @ v[b, seen, g], logits.logsumexp(0)
     return out, lse
@@ -128,7 +131,7 @@ def test_biases(rule, causal):
     slopes = torch.tensor([0.5, 0.25, 0.125, 1.0], dtype=torch.float64)
     extras = {"slopes": slopes, "softcap": 2.0, "causal": causal}
     if causal:
-        extras["log_forget"] = -normal(2, 150, 4, seed=3).abs()
+        extras |= {"log_forget": -normal(2, 150, 4, seed=3).abs(), "by_distance": normal(2, 150, 4, 5, seed=4)}
     check(given, rule | extras, naive(*given, positions, positions, **rule, **extras), "biased")
 
 
@@ -354,6 +357,8 @@ def test_cache_stays_where_it_is():
         ({"normaliser": "sigmoid", "return_lse": True}, "return_lse"),
         ({"q_positions": torch.zeros(2, 4, dtype=torch.int64)}, "kv_positions"),
         ({"log_forget": torch.zeros(2, 5, 4), "causal": False}, "log_forget"),
+        ({"by_distance": torch.zeros(2, 4, 4, 3), "causal": False}, "by_distance"),
+        ({"by_distance": torch.zeros(2, 5, 4, 3)}, "by_distance"),
         ({"global_tokens": torch.zeros(2, 5)}, "global_tokens"),
         ({"packing": Packing.from_lengths([4])}, "packing"),
         ({"q": torch.zeros(2, 6, 4, 8, dtype=torch.float64)}, "q_positions"),

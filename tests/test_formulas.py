@@ -87,9 +87,25 @@ def longnet(mixer, x: Tensor) -> Tensor:
     return mixer.out_proj(o.transpose(0, 1).flatten(1))
 
 
+def transformer_xl(mixer, x: Tensor) -> Tensor:
+    """Content and distance each with its own bias, over the last tokens; distances are clamped."""
+    q, k, v = (heads_of(p(x), mixer.heads) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    width, o = x.shape[-1], torch.zeros_like(q)
+    frequencies = (10000.0 ** (-torch.arange(0, width, 2) / width)).float()
+    for t in range(LENGTH):
+        seen = list(range(max(0, t - mixer.window + 1), t + 1))
+        angles = torch.stack([min(t - j, 17) * frequencies for j in seen])
+        waves = torch.cat([angles.sin(), angles.cos()], -1).to(x.dtype)
+        for h in range(mixer.heads):
+            content = k[h, seen] @ (q[h, t] + mixer.content_bias[h])
+            distance = waves @ mixer.distances.weight[h].T @ (q[h, t] + mixer.distances.bias[h])
+            o[h, t] = ((content + distance) / math.sqrt(q.shape[-1])).softmax(0) @ v[h, seen]
+    return mixer.out_proj(o.transpose(0, 1).flatten(1))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "both-sides"])
-@pytest.mark.parametrize("formula", [fox, swat, longnet], ids=lambda formula: formula.__name__)
+@pytest.mark.parametrize("formula", [fox, swat, longnet, transformer_xl], ids=lambda formula: formula.__name__)
 def test_mixer_follows_its_paper(formula, causal):
     subject = Subject(formula.__name__)
     if not causal and not subject.traits().bidirectional:

@@ -52,8 +52,9 @@ class AttentionMixer(Mixer):
         return flops(pairs, self.heads, self.keys, self.values)
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: State | None, packing: Packing | None, **terms
-    ) -> tuple[Tensor, State]:
+        self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, state: State | None, packing: Packing | None,
+        by_distance: Tensor | None = None, **terms,
+    ) -> tuple[Tensor, State]:  # fmt: skip
         """Attention of these queries to the cached and the new keys, and the cache after; `terms`: further ones of `ops.attention`
         that belong to no single token."""
         window = None if self.window is None else (self.window - 1, self.window - 1)  # beside the own token; if causal the left counts
@@ -66,10 +67,11 @@ class AttentionMixer(Mixer):
         else:
             keys, values, kv_positions, after = cache.ring_append(state, k, v, self.window, self.sinks, packing=packing)
         if state is None:
-            return ops.attention(q, k, v, **rule, packing=packing)[0], after
+            return ops.attention(q, k, v, **rule, by_distance=by_distance, packing=packing)[0], after
         if packing is not None:
             q, positions = packing.pad(q), packing.pad(positions, -1)
-        o, _ = ops.attention(q, keys, values, **rule, q_positions=positions, kv_positions=kv_positions)
+            by_distance = None if by_distance is None else packing.pad(by_distance)
+        o, _ = ops.attention(q, keys, values, **rule, by_distance=by_distance, q_positions=positions, kv_positions=kv_positions)
         return o if packing is None else packing.unpad(o), after
 
 

@@ -28,6 +28,7 @@ def attention(
     global_tokens: Tensor | None = None,
     slopes: Tensor | None = None,
     log_forget: Tensor | None = None,
+    by_distance: Tensor | None = None,
     softcap: float | None = None,
     normaliser: str = "softmax",
     scale: float | None = None,
@@ -39,7 +40,8 @@ def attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of queries at positions p over the keys at positions j that the rule lets them see.
 
-        logit = cap(scale * q_p . k_j) - slope * |p - j| + sum_{j < l <= p} log_forget_l,  cap(x) = softcap * tanh(x / softcap)
+        logit = cap(scale * q_p . k_j) - slope * |p - j| + sum_{j < l <= p} log_forget_l + by_distance_p,p-j
+        cap(x) = softcap * tanh(x / softcap)
 
     Args:
         q: `[B, Tq, H, K]`; k: `[B, Tk, G, K]`; v: `[B, Tk, G, V]`, one floating dtype, any strides. G divides H:
@@ -53,6 +55,8 @@ def attention(
             position is. Neither sinks nor global tokens are seen before their time if causal.
         slopes: `[H]`, ALiBi's; negative ones favour the far.
         log_forget: `[B, Tk, H]`, logarithm of the forget gates, never positive, any floating dtype; causal only.
+        by_distance: `[B, Tq, H, R]`, what each query adds at distances 0 to R - 1, any floating dtype; farther keys get what the
+            last of them gets. Causal only.
         softcap: bound of the logits before biases. scale: default `1 / sqrt(K)`.
         normaliser: what makes weights of logits: "softmax" over the keys that are seen, or "sigmoid" of each by itself.
         q_positions, kv_positions: `[B, Tq]` and `[B, Tk]` int64, both or neither. A key at a negative position is an
@@ -65,7 +69,7 @@ def attention(
     Returns:
         out `[B, Tq, H, V]` in the dtype of v, and None or the natural log-sum-exp `[B, Tq, H]` in float32 (float64 with
         float64 inputs), by which attention over parts of the keys can be combined. A query that sees nothing gets 0 and
-        -inf, and passes no gradient. Both are differentiable in q, k, v, slopes and log_forget.
+        -inf, and passes no gradient. Both are differentiable in q, k, v, slopes, log_forget and by_distance.
 
     Raises:
         ValueError: a shape, dtype, device or combination that breaks the contract, naming the argument.
@@ -76,7 +80,7 @@ def attention(
 
     Source: windows, dilation and global tokens: Longformer arXiv:2004.05150, section 3.1; sinks arXiv:2309.17453; slopes
     arXiv:2108.12409, of both signs arXiv:2502.18845; forget gates arXiv:2503.02130; softcap: Gemma 2 arXiv:2408.00118;
-    sigmoid arXiv:2409.04431.
+    sigmoid arXiv:2409.04431; queries that weigh distances: Transformer-XL arXiv:1901.02860, section 3.3.
     """
     float_dtype(NAME, q=q, k=k, v=v)
     shapes = Shapes(NAME)
@@ -88,10 +92,12 @@ def attention(
     shapes("global_tokens", global_tokens, "B Tk", dtype=torch.bool)
     shapes("slopes", slopes, "H")
     shapes("log_forget", log_forget, "B Tk H")
+    shapes("by_distance", by_distance, "B Tq H R")
     shapes("q_positions", q_positions, "B Tq", dtype=torch.int64)
     shapes("kv_positions", kv_positions, "B Tk", dtype=torch.int64)
     ordered = q_positions is None and kv_positions is None
-    _check(shapes, causal, dilation, sinks, log_forget, softcap, packing, ordered or (q_positions is not None and kv_positions is not None))
+    paired = ordered or (q_positions is not None and kv_positions is not None)
+    _check(shapes, causal, dilation, sinks, {"log_forget": log_forget, "by_distance": by_distance}, softcap, packing, paired)
     if ordered and causal and shapes["Tq"] > shapes["Tk"]:
         raise ValueError(f"{NAME}: q has {shapes['Tq']} tokens but k only {shapes['Tk']}; give q_positions and kv_positions")
     if ordered and packing is not None and not causal:  # behind a document's end there must be nothing to see
@@ -102,14 +108,14 @@ def attention(
         raise ValueError(f"{NAME}: return_lse is defined for normaliser='softmax' only, not {normaliser!r}")
     left, right = _window(window, causal)
     tensors = {"q": q, "k": k, "v": v, "q_positions": q_positions, "kv_positions": kv_positions}
-    tensors |= {"global_tokens": global_tokens, "slopes": slopes, "log_forget": log_forget}
+    tensors |= {"global_tokens": global_tokens, "slopes": slopes, "log_forget": log_forget, "by_distance": by_distance}
     options = {"causal": bool(causal), "left": left, "right": right, "dilation": dilation, "sinks": sinks, "ordered": ordered}
     options |= {"softcap": None if softcap is None else float(softcap), "normaliser": normaliser}
     options |= {"scale": float(scale if scale is not None else shapes["K"] ** -0.5), "return_lse": bool(return_lse)}
     return OP(tensors, options, packing, backend)
 
 
-def _check(shapes: Shapes, causal, dilation: int, sinks: int, log_forget, softcap, packing, paired: bool) -> None:
+def _check(shapes: Shapes, causal, dilation: int, sinks: int, causal_only: dict, softcap, packing, paired: bool) -> None:
     if not paired:
         raise ValueError(f"{NAME}: q_positions and kv_positions belong together; give both or neither")
     if dilation < 1:
@@ -118,8 +124,9 @@ def _check(shapes: Shapes, causal, dilation: int, sinks: int, log_forget, softca
         raise ValueError(f"{NAME}: sinks is {sinks}, expected 0 or more")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"{NAME}: softcap is {softcap}, expected a positive number or None")
-    if log_forget is not None and not causal:
-        raise ValueError(f"{NAME}: log_forget is defined for causal attention only; set causal=True")
+    for name, tensor in causal_only.items():
+        if tensor is not None and not causal:
+            raise ValueError(f"{NAME}: {name} is defined for causal attention only; set causal=True")
     if packing is not None and shapes["Tq"] != shapes["Tk"]:
         raise ValueError(f"{NAME}: q has {shapes['Tq']} tokens and k {shapes['Tk']}, but with packing they share one row")
 
@@ -148,7 +155,7 @@ def _meta(tensors: dict, options: dict, sequences: int) -> tuple[Tensor, Tensor 
     return v.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
-def _case(groups: int = 2, values: int = 6, marked: bool = False, slopes: bool = False, forget: bool = False, **options):
+def _case(groups: int = 2, values: int = 6, marked: bool = False, slopes: bool = False, forget: bool = False, reach: int = 0, **options):
     def draw(generator: torch.Generator, batch: int, length: int, dtype: torch.dtype) -> dict:
         def normal(*shape):
             return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
@@ -165,6 +172,8 @@ def _case(groups: int = 2, values: int = 6, marked: bool = False, slopes: bool =
             inputs["slopes"] = normal(heads).abs()
         if forget:
             inputs["log_forget"] = -normal(batch, length, heads).abs()
+        if reach:
+            inputs["by_distance"] = normal(batch, length, heads, reach)
         return inputs | options
 
     return draw
@@ -174,7 +183,7 @@ OP = Op(
     NAME,
     reference=reference.attention,
     chunked=chunked.attention,
-    tensors=("q", "k", "v", "q_positions?", "kv_positions?", "global_tokens?", "slopes?", "log_forget?"),
+    tensors=("q", "k", "v", "q_positions?", "kv_positions?", "global_tokens?", "slopes?", "log_forget?", "by_distance?"),
     options={
         "causal": "bool",
         "left": "int?",
@@ -187,7 +196,7 @@ OP = Op(
         "scale": "float",
         "return_lse": "bool",
     },
-    along_time=("q", "k", "v", "q_positions", "kv_positions", "global_tokens", "log_forget"),
+    along_time=("q", "k", "v", "q_positions", "kv_positions", "global_tokens", "log_forget", "by_distance"),
     meta=_meta,
     pad_values={"kv_positions": -1},
     opaque=False,
@@ -201,6 +210,7 @@ OP = Op(
         "alibi": _case(slopes=True, window=7),
         "sigmoid": _case(slopes=True, window=5, groups=1, normaliser="sigmoid"),
         "forgetting": _case(forget=True, softcap=4.0),
+        "by-distance": _case(reach=4, slopes=True, window=6),
         "forgetting-window": _case(forget=True, window=6, sinks=1),
     },
     call=attention,

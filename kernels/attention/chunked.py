@@ -21,14 +21,14 @@ SMALLEST, LARGEST = 32, 256  # blocks of the band
 
 
 def attention(
-    q, k, v, q_positions, kv_positions, global_tokens, slopes, log_forget,
+    q, k, v, q_positions, kv_positions, global_tokens, slopes, log_forget, by_distance,
     causal, left, right, dilation, sinks, ordered, softcap, normaliser, scale, return_lse,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     rule = Rule(causal, left, right, dilation, sinks)
     soft = Softmax(scale, softcap, return_lse, normaliser)
     queries, keys = q.shape[1], k.shape[1]
     unruled = left is None and dilation == 1 and kv_positions is None
-    biased = slopes is not None or log_forget is not None
+    biased = slopes is not None or log_forget is not None or by_distance is not None
     if unruled and not biased and soft.native and (not causal or queries in (1, keys)):
         if queries == 1:  # branched, so that the flag stays a plain bool where a compiler makes T symbolic
             causal = False
@@ -38,8 +38,8 @@ def attention(
     if ordered and left is not None and (queries == keys or (dilation == 1 and queries < keys)) and countable:
         band = Band(rule, soft, q, k, kv_positions, global_tokens)
         if band.pays:
-            return band(q, k, v, slopes, *after)
-    return dense(rule, soft, q, k, v, q_positions, kv_positions, global_tokens, slopes, *after)
+            return band(q, k, v, slopes, *after, by_distance)
+    return dense(rule, soft, q, k, v, q_positions, kv_positions, global_tokens, slopes, *after, by_distance)
 
 
 class Softmax:
@@ -90,7 +90,9 @@ def native(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float, c
     return out[..., :values].transpose(1, 2)
 
 
-def dense(rule, soft: Softmax, q, k, v, q_positions, kv_positions, marked, slopes, after_p, after_j) -> tuple[Tensor, Tensor | None]:
+def dense(
+    rule, soft: Softmax, q, k, v, q_positions, kv_positions, marked, slopes, after_p, after_j, by_distance
+) -> tuple[Tensor, Tensor | None]:
     """Blocks of queries against all keys."""
     plain = q_positions is None
     p, j = rules.default_positions(q, k) if plain else (q_positions, kv_positions)
@@ -103,10 +105,11 @@ def dense(rule, soft: Softmax, q, k, v, q_positions, kv_positions, marked, slope
         own_flags = None if marked is None else rules.marked_queries(own, j, marked)
         seen = rules.visible(rule, own, keys, own_flags, flags)
         pair = (None, None) if after_p is None else (after_p[:, start:stop], after_j[:, seeing])
-        added = rules.bias(own.unsqueeze(-1) - keys.unsqueeze(-2), slopes, *pair, accumulator(v.dtype))
+        weighed = None if by_distance is None else by_distance[:, start:stop]
+        added = rules.bias(own.unsqueeze(-1) - keys.unsqueeze(-2), slopes, *pair, weighed, accumulator(v.dtype))
         return soft(q[:, start:stop], k[:, seeing], v[:, seeing], seen, added)
 
-    together = soft.native and slopes is None and after_p is None
+    together = soft.native and slopes is None and after_p is None and by_distance is None
     size = max(16, PAIRS // (q.shape[0] * k.shape[1] * (1 if together else q.shape[2])))
     if size >= q.shape[1]:
         return block(0, q.shape[1])
@@ -140,7 +143,7 @@ class Band:
         self.blocks = -(-self.length // self.size)
         self.pays = self.length >= 2 * self.size and self.keys >= 2 * (self.span + self.count) * self.step
 
-    def __call__(self, q, k, v, slopes, after_p, after_j) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, q, k, v, slopes, after_p, after_j, by_distance) -> tuple[Tensor, Tensor | None]:
         order = self.everywhere.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : self.count]
         front = self.front(order, order)
         p = self.query_blocks(torch.arange(self.offset, self.keys, device=q.device).expand(self.batch, -1))
@@ -155,10 +158,11 @@ class Band:
         after = (None, None)
         if after_p is not None:
             after = self.query_blocks(after_p), torch.cat([self.front(after_j, order), self.key_blocks(after_j)], dim=1)
-        added = rules.bias(gap, slopes, *after, accumulator(v.dtype))
+        weighed = None if by_distance is None else self.query_blocks(by_distance)
+        added = rules.bias(gap, slopes, *after, weighed, accumulator(v.dtype))
         out, lse = self.soft(self.query_blocks(q), keys, values, seen, added)
         out, lse = self.join(out, q.shape[1]), None if lse is None else self.join(lse, q.shape[1])
-        return (out, lse) if self.marked is None else self.answer_marked(out, lse, q, k, v, slopes, after_p, after_j)
+        return (out, lse) if self.marked is None else self.answer_marked(out, lse, q, k, v, slopes, after_p, after_j, by_distance)
 
     def classes(self, x: Tensor) -> Tensor:
         """Residue classes of positions as rows of their own: `[B, T, ...]` -> `[B d, T / d, ...]`."""
@@ -189,15 +193,15 @@ class Band:
         x = x.unflatten(0, (self.batch, self.step, self.blocks)).flatten(2, 3)[:, :, : self.length]
         return x.transpose(1, 2).flatten(1, 2)[:, :queries]
 
-    def answer_marked(self, out, lse, q, k, v, slopes, after_p, after_j) -> tuple[Tensor, Tensor | None]:
+    def answer_marked(self, out, lse, q, k, v, slopes, after_p, after_j, by_distance) -> tuple[Tensor, Tensor | None]:
         """Global queries see everything: they are gathered, answered apart and put in their places."""
         own = self.marked[:, self.offset :]
         chosen = own.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, : int(own.sum(1).max())]
         rows = torch.arange(self.batch, device=q.device).unsqueeze(1)
         positions = torch.arange(self.keys, device=q.device).masked_fill(~self.present, -1)
-        after_p = None if after_p is None else after_p[rows, chosen]
+        after_p, by_distance = (None if x is None else x[rows, chosen] for x in (after_p, by_distance))
         asked = chosen + self.offset, positions, self.marked  # a row with fewer of them asks for ordinary ones, rightly answered
-        answer, total = dense(self.rule, self.soft, q[rows, chosen], k, v, *asked, slopes, after_p, after_j)
+        answer, total = dense(self.rule, self.soft, q[rows, chosen], k, v, *asked, slopes, after_p, after_j, by_distance)
         return out.index_put((rows, chosen), answer), None if lse is None else lse.index_put((rows, chosen), total)
 
 

@@ -9,7 +9,7 @@ from zoo.kernels.checks import accumulator
 
 
 def attention(
-    q, k, v, q_positions, kv_positions, global_tokens, slopes, log_forget,
+    q, k, v, q_positions, kv_positions, global_tokens, slopes, log_forget, by_distance,
     causal, left, right, dilation, sinks, ordered, softcap, normaliser, scale, return_lse,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     dtype, acc = v.dtype, accumulator(v.dtype)
@@ -22,7 +22,7 @@ def attention(
     logits = torch.einsum("bqhk,bshk->bhqs", q.to(acc), k) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    added = rules.bias(p.unsqueeze(-1) - j.unsqueeze(-2), slopes, after_p, after_j, acc)
+    added = rules.bias(p.unsqueeze(-1) - j.unsqueeze(-2), slopes, after_p, after_j, by_distance, acc)
     if added is not None:
         logits = logits + added
     blind = ~seen.any(-1, keepdim=True)  # sees nothing: given everything for the softmax's sake, then set to 0

@@ -52,7 +52,9 @@ def marked_queries(p: Tensor, j: Tensor, marked: Tensor) -> Tensor:
     return ((p.unsqueeze(-1) == j.unsqueeze(-2)) & marked.unsqueeze(-2)).any(-1)
 
 
-def bias(gap: Tensor, slopes: Tensor | None, after_p: Tensor | None, after_j: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def bias(
+    gap: Tensor, slopes: Tensor | None, after_p: Tensor | None, after_j: Tensor | None, by_distance: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
     """What is added to the logits, `[B, H, Tq, Tk]`.
 
     Args:
@@ -60,6 +62,7 @@ def bias(gap: Tensor, slopes: Tensor | None, after_p: Tensor | None, after_j: Te
         slopes: `[H]`.
         after_p, after_j: cumulative log forget gates at queries `[B, Tq, H]` and keys `[B, Tk, H]`, float64: only their
             difference is small, and float32 would lose gentle gates behind a strong one.
+        by_distance: `[B, Tq, H, R]`.
     """
     total = None
     if slopes is not None:
@@ -67,6 +70,11 @@ def bias(gap: Tensor, slopes: Tensor | None, after_p: Tensor | None, after_j: Te
     if after_p is not None:
         forgotten = (after_p.unsqueeze(2) - after_j.unsqueeze(1)).movedim(-1, 1).clamp(max=0).to(dtype)  # later keys are masked
         total = forgotten if total is None else total + forgotten
+    if by_distance is not None:
+        place = gap.clamp(0, by_distance.shape[-1] - 1).unsqueeze(1)  # keys at negative distances are masked
+        own = by_distance.to(dtype).transpose(1, 2)
+        own = own.gather(-1, place.expand(*own.shape[:3], gap.shape[-1]))
+        total = own if total is None else total + own
     return total
 
 
