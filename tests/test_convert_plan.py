@@ -11,7 +11,7 @@ import zoo
 from zoo.convert import convert, converted_layers, load_teacher
 from zoo.convert.fit import Fit
 from zoo.convert.headers import read_blueprint, read_headers
-from zoo.convert.plan import blank_student, even, layout_config, make_plan
+from zoo.convert.plan import blank_student, check_memory, even, layout_config, make_plan
 from zoo.convert.recipe import load_recipe, settled
 from zoo.convert.show import amount, plan_text, recipes_text
 from zoo.evaluate.speed import state_bytes
@@ -154,6 +154,18 @@ def test_what_is_no_teacher_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be a zoo transformer"):
         read_blueprint(str(tmp_path))
     assert all(tensor.device.type == "meta" for tensor in read_headers(tmp_path).values())
+
+
+def test_too_little_memory_names_what_would_fit(folder):
+    blueprint, method = read_blueprint(str(folder)), settled(load_recipe("zoo"), 10**6)
+    needs = [sum(stage.memory.values()) for stage in make_plan(blueprint, method).stages]
+    check_memory(blueprint.model, method, max(needs))
+    with pytest.raises(ValueError, match=r"stage 'distil' needs about 0\.3 GiB.*--set distil\.accumulate=2 would fit"):
+        check_memory(blueprint.model, method, max(needs) - 1)
+    with pytest.raises(ValueError, match=r"stage 'align' needs.*no number of passes would fit"):
+        check_memory(blueprint.model, method, 1000)
+    less = load_recipe("zoo", {"distil.accumulate": 2})
+    assert make_plan(blueprint, less).stages[1].memory["activations"] == make_plan(blueprint, method).stages[1].memory["activations"] // 2
 
 
 def test_an_even_spread():

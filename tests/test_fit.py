@@ -1,5 +1,7 @@
 """The stages of a conversion: what they compare, which weights they move, and that a stage goes on where it was left."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -98,6 +100,21 @@ def test_divergence_in_chunks_is_the_plain_one(reverse):
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5) and results[0][0] > 0
     for ours, plain in zip(results[0][1:], results[1][1:], strict=True):
         assert (ours - plain).abs().max() < 1e-4 * plain.abs().max()
+
+
+@pytest.mark.parametrize(("target", "loss"), [("mixer_out", "mse"), ("logits", "fkl"), ("tokens", "ce")])
+def test_a_batch_in_several_passes_is_the_batch(target, loss):
+    whole, parts = make_fit(target, loss, "mixer"), make_fit(target, loss, "mixer")
+    parts.stage = replace(parts.stage, accumulate=2)
+    for fit in (whole, parts):
+        fit.optimizer = torch.optim.SGD([{"params": fit.optimizer.param_groups[0]["params"], "pace": 1.0}], lr=1.0)
+        fit.run(after=lambda fit: len(fit.history) == 1)
+    assert parts.history[0] == pytest.approx(whole.history[0], rel=1e-5)
+    before = dict(make_fit(target, loss, "mixer").student.named_parameters())
+    for name, p in whole.student.named_parameters():
+        moved = (p - before[name]).abs().max()
+        assert (dict(parts.student.named_parameters())[name] - p).abs().max() <= 1e-4 * moved, name
+    assert any(not torch.equal(p, before[name]) for name, p in whole.student.named_parameters())
 
 
 def test_errors_are_what_their_names_say():

@@ -69,6 +69,7 @@ def test_layers_that_stay():
         ({"align.tokens": 0}, "tokens is 0, it must be a positive number"),
         ({"align.loss": "fkl"}, "loss of mixer_out is 'fkl'.*choose one of rel_mse, mse, l2, cos"),
         ({"align.train": "lora"}, "train: lora and lora_rank go together"),
+        ({"align.accumulate": 3}, "batch=8 is not divisible by accumulate=3"),
         ({"align.warmup": 1.5}, "a share of the steps"),
         ({"select": "best"}, "choose one of none, uniform, window, recall"),
         ({"align.name": "distil"}, "no name twice"),

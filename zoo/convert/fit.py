@@ -40,7 +40,7 @@ class Fit:
         self.optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay)
         by_layer = stage.target == "mixer_out"
         self.objective = (
-            objectives.mixer_outputs(self.layers, stage.loss, stage.clip)
+            objectives.mixer_outputs(self.layers, stage.loss)
             if by_layer
             else {"logits": objectives.logits, "tokens": objectives.tokens}[stage.target](stage.loss)
         )
@@ -70,9 +70,11 @@ class Fit:
             for step, picked in enumerate(order(len(self.rows), self.stage.batch, self.steps, self.seed)):
                 if step < len(self.history):
                     continue
-                losses = self.objective(self.teacher, self.student, self.rows[picked].to(self.student.device))
+                passes = self.rows[picked].to(self.student.device).chunk(self.stage.accumulate)
+                each = [self.objective(self.teacher, self.student, ids) for ids in passes]
+                losses = [sum(some) / len(passes) for some in zip(*each, strict=True)]
                 self._check(losses)
-                self._update(step, [own[name] for name in self.names])
+                self._update(step, {name: own[name] for name in self.names})
                 self.history.append(losses)
                 progress.update(per_step)
                 progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
@@ -97,10 +99,14 @@ class Fit:
     def done(self) -> bool:
         return len(self.history) >= self.steps
 
-    def _update(self, step: int, parameters: list[nn.Parameter]) -> None:
+    def _update(self, step: int, parameters: dict[str, nn.Parameter]) -> None:
         stage = self.stage
-        if stage.target != "mixer_out":  # there each mixer was clipped by itself
-            nn.utils.clip_grad_norm_(parameters, stage.clip)
+        for p in parameters.values():
+            if p.grad is not None and stage.accumulate > 1:
+                p.grad /= stage.accumulate
+        by_layer = stage.target == "mixer_out"  # what learns by itself is clipped by itself
+        for prefix in [f"model.layers.{index}." for index in self.layers] if by_layer else [""]:
+            nn.utils.clip_grad_norm_([p for name, p in parameters.items() if name.startswith(prefix)], stage.clip)
         share = pace(step / self.steps, 1 / self.steps, stage)
         for group in self.optimizer.param_groups:
             group["lr"] = share * group["pace"] * stage.learning_rate

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 
 from zoo.auto import from_pretrained
 from zoo.convert.fit import Fit
-from zoo.convert.plan import blank_student, even, lacks
+from zoo.convert.headers import blank_teacher
+from zoo.convert.plan import blank_student, check_memory, even, lacks
 from zoo.convert.recipe import Method, read_method
 from zoo.convert.report import Row, write_report
 from zoo.convert.run import LENGTHS, spread
@@ -57,7 +58,8 @@ def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu",
     """Make the student and write the folder; what is there of the same job already stays.
 
     Raises:
-        ValueError: the folder holds another job (with `force` it is begun anew), or the recipe needs what the engine lacks.
+        ValueError: the folder holds another job (with `force` it is begun anew), the recipe needs what the engine lacks, or more
+            memory than there is.
     """
     folder = Path(folder)
     if (folder / JOB).is_file():
@@ -72,6 +74,7 @@ def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu",
             (folder / name).unlink(missing_ok=True)
     if lacking := job.method.missing():
         raise ValueError(f"the recipe {job.method.name!r} cannot be run yet, for want of: {'; '.join(lacking)}")
+    check_memory(blank_teacher(job.teacher)[0], job.method, memory(device))
     teacher, tokenizer = open_teacher(job.teacher, device)
     train, _ = read_tokens(job.data, tokenizer, teacher.config.vocab_size)
     for stage in job.method.stages:
@@ -225,6 +228,13 @@ def open_teacher(path: str, device: str):
     teacher = load_teacher(path, dtype=torch.float32).to(device)
     has = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
     return teacher, AutoTokenizer.from_pretrained(path) if has else None
+
+
+def memory(device: str) -> int:
+    """Bytes a device has: what is free of a GPU, all of a machine."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def choose_layers(teacher: nn.Module, method: Method, train: Tensor, say: Say) -> tuple[int, ...]:

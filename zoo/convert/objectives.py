@@ -29,7 +29,7 @@ ERRORS = {  # of a mixer's output `[B, T, D]`
 }
 
 
-def mixer_outputs(layers: list[int], loss: str, clip: float = 1.0) -> Objective:
+def mixer_outputs(layers: list[int], loss: str) -> Objective:
     """Every replaced mixer answers the input of its teacher's; one loss for each.
 
     A mixer's graph is freed before the next layer is computed. What a mixer hands on to later layers (the carry trait) they
@@ -48,7 +48,6 @@ def mixer_outputs(layers: list[int], loss: str, clip: float = 1.0) -> Objective:
                     y = mixer(x)[0]
                 found = error(y, output[0])
                 found.backward()
-            nn.utils.clip_grad_norm_(mixer.parameters(), clip)
             losses.append(found.detach())
 
         return learn

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from torch import nn
@@ -217,10 +217,29 @@ def plan_stage(teacher: nn.Module, student: nn.Module, stage: Stage, fresh: set[
         "student": WEIGHT * sum(p.numel() for p in parameters.values()),
         "gradients": GRADIENT * count,
         "moments": MOMENTS * count,
-        "activations": 4 * row_tokens * (max(inside, default=0) if by_layer else sum(inside)),
+        "activations": 4 * row_tokens // stage.accumulate * (max(inside, default=0) if by_layer else sum(inside)),
         "logits": 0 if by_layer else 4 * 4 * max(64 * student.config.vocab_size, LOGITS),
     }
     return StagePlan(stage.name, stage.steps * row_tokens, stage.steps, count, float(stage.steps * stage.batch * per_row), memory)
+
+
+def check_memory(teacher: nn.Module, method: Method, available: int) -> None:
+    """Raise ValueError for the first stage that needs more than these bytes, naming the least change that makes it fit."""
+    student, account = blank_student(teacher, layout_config(teacher, method))
+    for stage in method.stages:
+        need = sum(plan_stage(teacher, student, stage, account.fresh).memory.values())
+        if need <= available:
+            continue
+        for passes in (n for n in range(2, stage.batch + 1) if stage.batch % n == 0):
+            less = replace(stage, accumulate=passes)
+            if sum(plan_stage(teacher, student, less, account.fresh).memory.values()) <= available:
+                remedy = f"--set {stage.name}.accumulate={passes} would fit"
+                break
+        else:
+            remedy = "no number of passes would fit; shorten its length, or take a smaller teacher or a larger machine"
+        raise ValueError(
+            f"stage {stage.name!r} needs about {need / 2**30:.1f} GiB of memory, and there are {available / 2**30:.1f}; {remedy}"
+        )
 
 
 def outputs(module: nn.Module) -> int:

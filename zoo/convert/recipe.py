@@ -40,7 +40,7 @@ class Stage:
             teacher's own inputs, logits and tokens from the student's.
         train: one of `PARTS`.
         tokens: how many to train on; None: by the teacher's size (`default_tokens`).
-        length, batch: of a step's rows.
+        length, batch: of a step's rows; accumulate: how many passes, one after the other, they are divided among.
         learning_rate, final_rate: highest and last; `final_rate` None is a tenth.
         schedule, warmup: a linear warm-up over this share of the steps, then a cosine, or no change.
         paced: gates learn thirty times, new mixers three times as fast as copied attention.
@@ -54,6 +54,7 @@ class Stage:
     tokens: int | None = None
     length: int = 512
     batch: int = 8
+    accumulate: int = 1
     learning_rate: float = 1e-4
     final_rate: float | None = None
     schedule: str = "cosine"
@@ -68,10 +69,12 @@ class Stage:
         for name, known in (("target", LOSSES), ("train", PARTS), ("schedule", SCHEDULES)):
             choose(f"stage {self.name!r}: {name}", getattr(self, name), known)
         choose(f"stage {self.name!r}: loss of {self.target}", self.loss, LOSSES[self.target])
-        for name in ("tokens", "length", "batch", "learning_rate", "clip"):
+        for name in ("tokens", "length", "batch", "accumulate", "learning_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
                 raise ValueError(f"stage {self.name!r}: {name} is {value!r}, it must be a positive number")
+        if self.batch % self.accumulate:
+            raise ValueError(f"stage {self.name!r}: batch={self.batch} is not divisible by accumulate={self.accumulate}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"stage {self.name!r}: warmup is {self.warmup}, it must be a share of the steps")
         if (self.train == "lora") != (self.lora_rank is not None):
