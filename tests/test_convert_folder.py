@@ -119,6 +119,9 @@ def test_a_changed_recipe_is_refused_without_force(teacher, text, tmp_path, monk
     path.write_text("b" + path.read_text()[1:])
     assert convert("resume", folder) == 2
     assert "the data changed since" in capsys.readouterr().err
+    assert convert("init", teacher, "--recipe", "lolcats", "-o", folder, "--force") == 2
+    assert (tmp_path / "out" / PROGRESS).read_bytes() == left, "what was refused took something away"
+    (tmp_path / "out" / "report.json").write_text("{}")
     assert convert("init", teacher, *changed, "--data", text, "-o", folder, "--force") == 0
     assert not (tmp_path / "out" / PROGRESS).exists()
     assert convert("run", teacher, *changed, "--data", text, "-o", folder) == 0

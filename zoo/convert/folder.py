@@ -70,8 +70,6 @@ def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu",
             raise ValueError(
                 f"{folder} holds another conversion ({differences(before, job)}); name another folder, or begin anew with --force"
             )
-        for name in (JOB, PROGRESS, REPORT):
-            (folder / name).unlink(missing_ok=True)
     if lacking := job.method.missing():
         raise ValueError(f"the recipe {job.method.name!r} cannot be run yet, for want of: {'; '.join(lacking)}")
     check_memory(blank_teacher(job.teacher)[0], job.method, memory(device))
@@ -86,6 +84,8 @@ def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu",
                       inherit=method.inherit)  # fmt: skip
     if lacking := lacks(method, student):
         raise ValueError(f"the recipe {method.name!r} would teach this student nothing: {'; '.join(lacking)}")
+    for name in (JOB, PROGRESS, REPORT):  # of what was there before
+        (folder / name).unlink(missing_ok=True)
     student.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
