@@ -25,12 +25,16 @@ def drawn(queries: int, keys: int, lists: int, query_size: int) -> tuple[Tensor,
     return normal(2, queries, 4, 8), normal(2, keys, 2, 8, seed=1), normal(2, keys, 2, 6, seed=2), chosen
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "gathered", "masked"])
 @pytest.mark.parametrize("lists", [1, 2, 4], ids=["shared", "each-group", "each-head"])
 @pytest.mark.parametrize("query_size", [1, 3])
 @pytest.mark.parametrize("places", [None, [[0, 4, 20, 7], [22, -1, 3, 11]]], ids=["last", "anywhere"])
-def test_lists_pair_by_pair(backend, lists, query_size, places):
+def test_lists_pair_by_pair(monkeypatch, backend, lists, query_size, places):
     q, k, v, chosen = drawn(4, 23, lists, query_size)
+    if backend != "reference":
+        monkeypatch.setattr(blocks, "gathered", getattr(blocks, backend))
+        monkeypatch.setattr(blocks, "masked", getattr(blocks, backend))
+        backend = "chunked"
     given = {"size": SIZE, "query_size": query_size, "causal": True, "q_positions": None if places is None else torch.tensor(places)}
     out, _ = block_attention(q, k, v, chosen, **given, backend=backend)
     for row in range(2):
@@ -46,9 +50,14 @@ def test_lists_pair_by_pair(backend, lists, query_size, places):
 
 
 @pytest.mark.parametrize("lists", [1, 2, 4], ids=["shared", "each-group", "each-head"])
-def test_many_queries_are_answered_in_turn(monkeypatch, lists):
-    """The loop that long sequences take, with its recomputation, against the definition."""
+@pytest.mark.parametrize("reuse", [1, 10**6], ids=["gathered", "masked"])
+def test_many_queries_are_answered_in_turn(monkeypatch, lists, reuse):
+    """The loops that long sequences take, with their recomputation, against the definition."""
+    other = "masked" if reuse == 1 else "gathered"
     monkeypatch.setattr(blocks, "GATHERED", 1)
+    monkeypatch.setattr(blocks, "PAIRS", 1)
+    monkeypatch.setattr(blocks, "REUSE", reuse)
+    monkeypatch.setattr(blocks, other, None)
     *given, chosen = drawn(50, 50, lists, 1)
     results = []
     for backend in ("reference", "chunked"):

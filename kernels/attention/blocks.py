@@ -1,7 +1,10 @@
 """Softmax attention of queries over a few chosen blocks of keys."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from zoo.kernels.attention import rules
@@ -11,6 +14,8 @@ from zoo.kernels.dispatch import Backend, Op
 
 NAME = "block_attention"
 GATHERED = 1 << 24  # numbers of keys laid beside queries at once
+PAIRS = 1 << 24  # of queries and keys at once, over batch and heads, where all pairs are looked at
+REUSE = 16  # a key that many queries share costs each this much less than one copied for it alone
 
 
 def block_attention(
@@ -55,7 +60,9 @@ def block_attention(
         BackendError: the backend asked for cannot run here.
 
     Cost: `2 H Tq M size (K + V)` FLOP. `chunked` lays the chosen blocks beside each block of queries, as many of these at once
-    as fit: `R N M size (K + V)` numbers are read, and no matrix of all pairs is ever made.
+    as fit: `R N M size (K + V)` numbers are read, and no matrix of all pairs is made. Where the lists hold so much of the keys
+    that copying costs more (prefills of few thousand tokens whose lists are each query's own), some queries at a time look at
+    all keys under a mask.
 
     Source: BigBird arXiv:2007.14062, section 2 and appendix D; lists chosen for each query and group: Native Sparse Attention,
     arXiv:2502.11089, for each query and head: MoBA, arXiv:2502.13189.
@@ -105,28 +112,62 @@ def reference(q, k, v, chosen, q_positions, present, size, query_size, causal, s
 
 
 def chunked(q, k, v, chosen, q_positions, present, size, query_size, causal, scale) -> tuple[Tensor, None]:
-    """Every block of queries beside its keys, as a row of its own; a row for each head or group if their lists differ."""
-    batch, length, heads, _ = q.shape
-    rows, blocks, listed = chosen.shape[1:]
-    if rows > k.shape[2]:
-        k, v = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (k, v))
+    """Copies of the listed keys, or all keys under a mask, whichever reads less."""
+    batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
     if present is None:
-        present = torch.ones(batch, k.shape[1], dtype=torch.bool, device=q.device)
+        present = torch.ones(batch, keys, dtype=torch.bool, device=q.device)
     at = rules.default_positions(q, k)[0].expand(batch, -1) if q_positions is None else q_positions
+    copied = queries * chosen.shape[3] * size // query_size
+    way = masked if queries > 1 and keys * (1 + queries // REUSE) < copied else gathered
+    return way(q, k, v, chosen, at, present, size, query_size, causal, scale), None
+
+
+def masked(q, k, v, chosen, at, present, size, query_size, causal, scale) -> Tensor:
+    """Some queries at a time against all keys."""
+    heads, keys = q.shape[2], k.shape[1]
+    count = -(-keys // size)
+    inside, all_k, all_v = torch.arange(keys, device=q.device), k.transpose(1, 2), v.transpose(1, 2)
+
+    def block(start: int, stop: int) -> Tensor:
+        lists = chosen[:, :, torch.arange(start, stop, device=q.device) // query_size]
+        once = torch.ones_like(lists, dtype=accumulator(q.dtype))
+        times = once.new_zeros(*lists.shape[:3], count + 1)  # the last for no block
+        times = times.scatter_add(3, lists.where(lists >= 0, count), once)
+        weight = times[..., :count].log().repeat_interleave(size, dim=3)[..., :keys]
+        hidden = ~present[:, None, None]
+        if causal:
+            hidden = hidden | (inside > at[:, start:stop].unsqueeze(-1)).unsqueeze(1)
+        weight = weight.masked_fill(hidden, -torch.inf).to(q.dtype)
+        blind = (weight == -torch.inf).all(-1, keepdim=True)  # sees nothing: given everything for the softmax's sake, then set to 0
+        weight = weight.masked_fill(blind, 0)
+        if weight.shape[1] > 1:
+            weight, blind = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (weight, blind))
+        asked = q[:, start:stop].transpose(1, 2)
+        out = scaled_dot_product_attention(asked, all_k, all_v, weight, scale=scale, enable_gqa=heads > k.shape[2])
+        return out.masked_fill(blind, 0).transpose(1, 2)
+
+    return in_turn(block, q.shape[1], max(16, PAIRS // (q.shape[0] * heads * keys)), dim=1)
+
+
+def gathered(q, k, v, chosen, at, present, size, query_size, causal, scale) -> Tensor:
+    """Every block of queries beside its keys, as a row of its own; a row for each head or group if their lists differ."""
+    batch, length = q.shape[:2]
+    rows, blocks, listed = chosen.shape[1:]
+    sets = min(rows, k.shape[2])  # of keys with lists of their own
     first = torch.arange(batch, device=q.device)[:, None, None, None]
-    second = torch.arange(rows, device=q.device)[:, None, None]
+    second = (torch.arange(rows, device=q.device) // (rows // sets))[:, None, None]
     inside, soft = torch.arange(size, device=q.device), Softmax(scale, None, False)
 
     def cut(x: Tensor, size: int) -> Tensor:
         """`[B, T, ...] -> [B, N, size, ...]`, zeros behind the end."""
-        count = -(-x.shape[1] // size)
-        return along_time(x, 0, count * size - x.shape[1]).unflatten(1, (count, size))
+        missing = -x.shape[1] % size
+        return (along_time(x, 0, missing) if missing else x).unflatten(1, (-1, size))  # a cache of whole blocks is not copied
 
-    def apart(x: Tensor, size: int) -> Tensor:
-        """`[B, T, H, K] -> [B, rows, N, size, H / rows, K]`."""
-        return cut(x.unflatten(2, (rows, -1)), size).permute(0, 3, 1, 2, 4, 5)
+    def apart(x: Tensor, size: int, parts: int) -> Tensor:
+        """`[B, T, H, K] -> [B, parts, N, size, H / parts, K]`."""
+        return cut(x.unflatten(2, (parts, -1)), size).permute(0, 3, 1, 2, 4, 5)
 
-    queries, keys, values = apart(q, query_size), apart(k, size), apart(v, size)
+    queries, keys, values = apart(q, query_size, rows), apart(k, size, sets), apart(v, size, sets)
     asked, there = cut(at, query_size), cut(present, size)
 
     def block(start: int, stop: int) -> Tensor:
@@ -139,15 +180,18 @@ def chunked(q, k, v, chosen, q_positions, present, size, query_size, causal, sca
         seen = seen.flatten(4).expand(-1, -1, -1, query_size, -1).flatten(0, 2)
         return soft(queries[:, :, start:stop].flatten(0, 2), near, read, seen, None)[0].unflatten(0, (batch, rows, stop - start))
 
-    step = max(16, GATHERED // (batch * max(1, listed) * size * k.shape[2] * max(k.shape[3], v.shape[3])))
-    if step >= blocks:
-        out = block(0, blocks)
-    else:
-        bounds = [(start, min(start + step, blocks)) for start in range(0, blocks, step)]
-        again = {"use_reentrant": False, "preserve_rng_state": False}
-        out = [checkpoint(block, *bound, **again) if torch.is_grad_enabled() else block(*bound) for bound in bounds]
-        out = torch.cat(out, dim=2)
-    return out.permute(0, 2, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)[:, :length], None
+    step = max(16, GATHERED // (batch * max(1, listed) * size * max(rows, k.shape[2]) * max(k.shape[3], v.shape[3])))
+    out = in_turn(block, blocks, step, dim=2)
+    return out.permute(0, 2, 3, 1, 4, 5).flatten(3, 4).flatten(1, 2)[:, :length]
+
+
+def in_turn(block: Callable[[int, int], Tensor], count: int, step: int, dim: int) -> Tensor:
+    """`block(start, stop)` over so many, `step` at a time, side by side along `dim`; recomputed in the backward pass."""
+    if step >= count:
+        return block(0, count)
+    bounds = [(start, min(start + step, count)) for start in range(0, count, step)]
+    again = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat([checkpoint(block, *bound, **again) if torch.is_grad_enabled() else block(*bound) for bound in bounds], dim=dim)
 
 
 def _meta(tensors: dict, options: dict, sequences: int) -> tuple[Tensor, None]:
