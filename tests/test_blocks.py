@@ -9,6 +9,7 @@ from zoo import registry
 from zoo.evaluate.closeness import assert_close
 from zoo.evaluate.subject import Subject, mix, pieces
 from zoo.kernels.attention import blocks, summaries
+from zoo.layers import rotary_table, rotate
 from zoo.ops import Packing, block_attention
 
 SIZE = 5
@@ -209,3 +210,34 @@ def test_lists_must_hold_what_is_always_seen():
     for name in ("infllm_v2", "nsa"):
         with pytest.raises(Exception, match="pool_stride"):
             registry.build_config(f"{name}-tiny", pool_stride=3)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_native_sparse_attention_token_by_token(shared):
+    """Its three branches and their gates, written out; the compression with weights of its own."""
+    mixer = Subject("nsa").mixer(torch.float64, **SHORT["nsa"], shared_kv=shared)
+    config, x = registry.build_config("nsa-tiny", **SHORT["nsa"]), Subject("nsa").inputs(1, 40, torch.float64)
+    with torch.no_grad():
+        y, table = mix(mixer, x)[0], rotary_table(torch.arange(40).unsqueeze(0), *mixer.rope)
+        q, gates = rotate(mixer.q_proj(x).unflatten(-1, (4, 8)), table)[0], mixer.gate_proj(x).unflatten(-1, (4, 3)).sigmoid()[0]
+        k, v = rotate(mixer.k_proj(x).unflatten(-1, (-1, 8)), table)[0], mixer.v_proj(x).unflatten(-1, (-1, 8))[0]
+        coarse, chosen, near = [slice(0, 2)] * 3 if shared else [slice(i, i + 2) for i in (0, 2, 4)]
+        size, stride, block = config.pool_size, config.pool_stride, config.block_size
+        o = torch.zeros_like(q)
+        pooled = [torch.stack([(z[n : n + size, coarse] * w.unsqueeze(1)).sum(0) for n in range(0, 41 - size, stride)])
+                  for z, w in ((k, mixer.k_weight), (v, mixer.v_weight))]  # fmt: skip
+        lists = mixer.choose(q.unsqueeze(0), pooled[0].unsqueeze(0), torch.arange(40).unsqueeze(0))[0]
+        for t in range(40):
+            for h in range(4):
+                g, seen = h // 2, max(0, (t + 1 - size) // stride + 1)
+                listed = [j for n in lists[g, t].tolist() if n >= 0 for j in range(n * block, (n + 1) * block) if j <= t]
+                window = list(range(max(0, t + 1 - config.window), t + 1))
+                branches = (
+                    (pooled[0][:seen, g], pooled[1][:seen, g]),
+                    (k[listed][:, chosen][:, g], v[listed][:, chosen][:, g]),
+                    (k[window][:, near][:, g], v[window][:, near][:, g]),
+                )
+                for gate, (keys, values) in zip(gates[t, h], branches, strict=True):
+                    o[t, h] += gate * ((keys @ q[t, h] / 8**0.5).softmax(0) @ values)
+        expected = mixer.out_proj(o.flatten(1)).unsqueeze(0)
+    assert_close(y.float(), expected.float(), expected, "the three branches")
