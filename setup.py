@@ -55,7 +55,12 @@ setup(
         "eval": ["lm-eval"],
         "triton": ["triton"],
         "dev": [
-            *("pytest", "pytest-xdist", "ruff", "gguf", "matplotlib", "peft"),
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "gguf",
+            "matplotlib",
+            "peft",
             "triton ; platform_system == 'Linux' and platform_machine == 'x86_64'",  # interpreted where there is no GPU
         ],
     },
