@@ -67,13 +67,8 @@ class InfLLMV2Mixer(ListedAttention):
     """Attention to blocks that a group chooses; the state is that of `ListedAttention`."""
 
     def __init__(self, config: InfLLMV2Config, layer: int):
-        keys = config.head_dim or config.divide("hidden_size", "num_heads")
-        super().__init__(
-            config, layer, heads=config.num_heads, groups=config.num_kv_heads or config.num_heads, keys=keys,
-            rope=(keys, config.rope_theta, config.rope_scaling), qkv_bias=config.qkv_bias, block=config.block_size,
-            listed=config.num_blocks, firsts=config.first_blocks, locals=config.near_blocks,
-            pool=(config.pool_size, config.pool_stride),
-        )  # fmt: skip
+        pool = (config.pool_size, config.pool_stride)
+        super().__init__(config, layer, rope_scaling=config.rope_scaling, firsts=config.first_blocks, locals=config.near_blocks, pool=pool)
 
     def rank(self, q: Tensor, sums: Tensor, positions: Tensor) -> Tensor:
         return self.relevance(q, sums / self.pool["size"], positions).amax(-1)

@@ -56,12 +56,7 @@ class MoBAMixer(ListedAttention):
     """Attention to the blocks of the best mean keys; the state is that of `ListedAttention`, a sum for each block."""
 
     def __init__(self, config: MoBAConfig, layer: int):
-        keys = config.head_dim or config.divide("hidden_size", "num_heads")
-        super().__init__(
-            config, layer, heads=config.num_heads, groups=config.num_kv_heads or config.num_heads, keys=keys,
-            rope=(keys, config.rope_theta, config.rope_scaling), qkv_bias=config.qkv_bias, block=config.block_size,
-            listed=config.num_blocks,
-        )  # fmt: skip
+        super().__init__(config, layer, rope_scaling=config.rope_scaling)
 
     def rank(self, q: Tensor, sums: Tensor, positions: Tensor) -> Tensor:
         means = sums / self.block  # of blocks before the token's own, which are complete

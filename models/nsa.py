@@ -71,20 +71,15 @@ class NSAMixer(ListedAttention):
     lora_targets = (*ListedAttention.lora_targets, "gate_proj")
 
     def __init__(self, config: NSAConfig, layer: int):
-        keys = config.head_dim or config.divide("hidden_size", "num_heads")
-        super().__init__(
-            config, layer, heads=config.num_heads, groups=config.num_kv_heads or config.num_heads, keys=keys,
-            rope=(keys, config.rope_theta), qkv_bias=config.qkv_bias, block=config.block_size, listed=config.num_blocks,
-            firsts=FIRST, locals=NEAR, pool=(config.pool_size, config.pool_stride),
-        )  # fmt: skip
+        super().__init__(config, layer, firsts=FIRST, locals=NEAR, pool=(config.pool_size, config.pool_stride))
         self.reach, self.sets = config.window, 1 if config.shared_kv else 3
         if self.sets > 1:  # side by side: coarse, chosen, near
             self.k_proj, self.v_proj = (
-                nn.Linear(config.hidden_size, self.sets * self.groups * keys, bias=config.qkv_bias) for _ in range(2)
+                nn.Linear(config.hidden_size, self.sets * self.groups * self.keys, bias=config.qkv_bias) for _ in range(2)
             )
         self.gate_proj = nn.Linear(config.hidden_size, 3 * self.heads, bias=False)
-        self.k_weight = nn.Parameter(torch.empty(config.pool_size, keys))
-        self.v_weight = nn.Parameter(torch.empty(config.pool_size, keys))
+        self.k_weight = nn.Parameter(torch.empty(config.pool_size, self.keys))
+        self.v_weight = nn.Parameter(torch.empty(config.pool_size, self.keys))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

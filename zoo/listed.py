@@ -23,20 +23,24 @@ class ListedAttention(RotaryAttention):
 
     State: that of attention without a window, and `sums` `[B, S, G, K]`, float32 sums of the keys of each window.
 
-    Args: block: keys in a block; listed: blocks on a list, those always there included; firsts, locals: how many of the first
-        blocks, and of the last ones up to the own, are always there; pool: size and stride of the windows, whose stride divides
-        `block`; default: the blocks themselves; the rest as in `RotaryAttention`.
+    Args: config: with `block_size`, keys in a block, and `num_blocks`, blocks on a list, those always there included, beside the
+        fields of heads and angles; firsts, locals: how many of the first blocks, and of the last ones up to the own, are always
+        there; pool: size and stride of the windows, whose stride divides `block_size`; default: the blocks themselves.
     """
 
     traits = Traits(constant_state=False)
 
     def __init__(
-        self, config: ZooConfig, layer: int, *, block: int, listed: int, firsts: int = 0, locals: int = 1,
-        pool: tuple[int, int] | None = None, **attention,
+        self, config: ZooConfig, layer: int, *, rope_scaling: dict | None = None, firsts: int = 0, locals: int = 1,
+        pool: tuple[int, int] | None = None,
     ):  # fmt: skip
-        super().__init__(config, layer, **attention)
-        self.block, self.listed, self.firsts, self.locals = block, listed, firsts, locals
-        size, stride = pool or (block, block)
+        keys = config.head_dim or config.divide("hidden_size", "num_heads")
+        super().__init__(
+            config, layer, heads=config.num_heads, groups=config.num_kv_heads or config.num_heads, keys=keys,
+            rope=(keys, config.rope_theta, rope_scaling), qkv_bias=config.qkv_bias,
+        )  # fmt: skip
+        self.block, self.listed, self.firsts, self.locals = config.block_size, config.num_blocks, firsts, locals
+        size, stride = pool or (self.block, self.block)
         self.pool = {"size": size, "stride": stride}
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:

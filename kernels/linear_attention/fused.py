@@ -387,7 +387,7 @@ class _Scalar(torch.autograd.Function):
         bounds, start, last = p.states(k, v, None if state is None else state.contiguous())
         out = p.sweep(q, k, v, start, last)
         last = bounds[p.segments.last] if last is None else last
-        ctx.save_for_backward(q, k, v, start, bounds, last if p.sums is not None and bounds is None else None)
+        ctx.save_for_backward(q, k, v, start, bounds, last if ctx.needs_input_grad[3] and bounds is None else None)
         ctx.problem = p
         ctx.set_materialize_grads(False)
         return out, last.float()
