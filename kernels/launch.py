@@ -1,5 +1,7 @@
 """Launching Triton kernels at a fraction of the host time of `kernel[grid](...)`, which looks at every argument anew."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -37,3 +39,18 @@ def launch(kernel, programs: int, *args, num_warps: int = 4, num_stages: int = 1
         _compiled[key] = kernel[(programs,)](*args, **constants, num_warps=num_warps, num_stages=num_stages)
     else:
         compiled[(programs, 1, 1)](*args, *(constants[name] for name in kernel.arg_names[len(args) :]))
+
+
+def rows(x: Tensor) -> Tensor:
+    """With channels side by side, as kernels read them."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def strides(x: Tensor | None) -> tuple[int, int, int]:
+    return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
+
+
+@lru_cache(maxsize=8)
+def zero(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Read with strides of zero, the state that sequences start from unless they are given one."""
+    return torch.zeros(1, device=device, dtype=dtype)

@@ -5,20 +5,19 @@ size, there is no tuning at run time. bf16 is multiplied as it is, fp16 as tf32 
 is no slower than multiplying fp32 in full, and keeps differences of long sums exact.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton import language as tl
 
-from zoo.kernels.launch import launch
+from zoo.kernels.fused import numbers
+from zoo.kernels.launch import launch, rows, strides, zero
 from zoo.kernels.linear_attention import fused_channel, fused_scalar
 from zoo.kernels.linear_attention.reference import normalized
 from zoo.kernels.packing import Packing
+from zoo.kernels.segments import Segments, cdiv, padded_size, power_of_two
 
-INTERPRETED = triton.knobs.runtime.interpret  # whose bf16 products are wrong
 CHUNK = 64
 FILLED = 128  # programs that occupy a GPU well enough to leave sequences whole
 WIDEST = 256  # channels that a product within a chunk sums up at once
@@ -45,61 +44,6 @@ def _by_channel(q: Tensor, k: Tensor, log_decay: Tensor | None, heads: int) -> T
     if log_decay is None:
         return torch.zeros((), device=q.device).expand(shape)
     return (log_decay if log_decay.ndim == 3 else log_decay[None, None]).unsqueeze(-1).expand(shape)
-
-
-class Segments(NamedTuple):
-    """Pieces of sequences that programs work on side by side.
-
-    table `[segments, 5]` int64: row, first token, end, and the places of the states before and after it. first `[sequences + 1]`: the
-    first segment of each. With one segment a sequence, place n belongs to sequence n in the tensor of first or last states;
-    otherwise `places` of boundaries exist, the last of sequence n at `last[n]`.
-    """
-
-    table: Tensor
-    first: Tensor
-    start: Tensor
-    last: Tensor
-    count: int
-    places: int
-    split: bool
-
-    @classmethod
-    def of(cls, batch: int, length: int, size: int, cu_seqlens: Tensor | None, device: torch.device) -> "Segments":
-        if cu_seqlens is None:
-            return _whole_rows(batch, length, size, device)
-        return cls._packed(cu_seqlens, length, size)
-
-    @classmethod
-    def _packed(cls, cu: Tensor, length: int, size: int) -> "Segments":
-        """Without waiting for the device: there are at most `length // size + sequences` segments, the rest are empty."""
-        sequences, count = cu.numel() - 1, length // size + cu.numel() - 1
-        first = torch.nn.functional.pad(((cu.diff() + size - 1) // size).cumsum(0), (1, 0))
-        segment = torch.arange(count, device=cu.device)
-        n = torch.searchsorted(first, segment, right=True) - 1  # `sequences` for the empty ones
-        real = n.clamp(max=sequences - 1)
-        start = cu[real] + (segment - first[real]) * size
-        stop = torch.minimum(start + size, cu[real + 1])
-        start, stop = (torch.where(n < sequences, x, 0) for x in (start, stop))
-        return cls._laid(torch.zeros_like(n), start, stop, n, first, count)
-
-    @classmethod
-    def _laid(cls, row, start, stop, n, first, count) -> "Segments":
-        place = torch.arange(count, device=n.device) + n
-        own = torch.arange(first.numel() - 1, device=n.device)
-        table = torch.stack([row, start, stop, place, place + 1], 1).contiguous()
-        return cls(table, first, first[:-1] + own, first[1:] + own, count, count + first.numel(), True)
-
-
-@lru_cache(maxsize=64)
-def _whole_rows(batch: int, length: int, size: int, device: torch.device) -> Segments:
-    pieces = cdiv(length, size)
-    first = torch.arange(batch + 1, device=device) * pieces
-    n = torch.arange(batch, device=device).repeat_interleave(pieces)
-    start = torch.arange(pieces, device=device).repeat(batch) * size
-    stop = (start + size).clamp(max=length)
-    if pieces > 1:
-        return Segments._laid(n, start, stop, n, first, batch * pieces)
-    return Segments(torch.stack([n, start, stop, n, n], 1).contiguous(), first, n, n, batch, batch, False)
 
 
 def segment_length(length: int, programs: int, anchored: bool, packed: bool) -> int:
@@ -134,43 +78,6 @@ def chunk_length(channels: int, dtype: torch.dtype) -> int:
     """Tokens of a chunk, for the most channels of a product."""
     most = {torch.bfloat16: CHUNK, torch.float16: CHUNK, torch.float32: CHUNK // 2}[dtype]
     return most if channels <= (128 if dtype == torch.float32 else 256) else most // 2
-
-
-def cdiv(whole: int, part: int) -> int:
-    """Rounded up."""
-    return -(-whole // part)
-
-
-def power_of_two(size: int) -> int:
-    """The next one."""
-    return 1 << (size - 1).bit_length()
-
-
-def padded_size(size: int) -> int:
-    """As a tile has it."""
-    return max(16, power_of_two(size))
-
-
-@lru_cache(maxsize=8)
-def zero(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Read with strides of zero, the state that sequences start from unless they are given one."""
-    return torch.zeros(1, device=device, dtype=dtype)
-
-
-def numbers(dtype: torch.dtype):
-    """What operands are multiplied as, and how."""
-    if dtype == torch.bfloat16 and not INTERPRETED:
-        return tl.bfloat16, "tf32"
-    return tl.float64 if dtype == torch.float32 else tl.float32, "tf32"
-
-
-def rows(x: Tensor) -> Tensor:
-    """With channels side by side, as kernels read them."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def strides(x: Tensor | None) -> tuple[int, int, int]:
-    return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
 
 
 class Problem:

@@ -14,7 +14,8 @@ Floor, K = V = D channels of two bytes, decays too, per token and head: 10 D byt
 import triton
 from triton import language as tl
 
-from zoo.kernels.linear_attention.fused_scalar import LEAST, load_tile, segment_of
+from zoo.kernels.fused import load_tile, segment_of
+from zoo.kernels.linear_attention.fused_scalar import LEAST
 
 SAFE = tl.constexpr(40.0)  # e^40 squared, times a few thousand, is finite in float32 and bfloat16
 

@@ -23,14 +23,10 @@ do in, dq, dk, dv out); 4 D^2 + 4 C D FLOP forward, 2.5 times that backward.
 import triton
 from triton import language as tl
 
+from zoo.kernels.fused import load_tile, segment_of
+
 LEAST = tl.constexpr(-80.0)  # e^-80 of anything representable beside it is nothing; sums over a chunk stay small
 NONE, TOKEN, ROWS, COLUMNS = (tl.constexpr(kind) for kind in range(4))  # decays: absent, per token, per row or column of the state
-
-
-@triton.jit
-def segment_of(TABLE, segment):
-    """Row, first token and end of a segment; see `fused.Segments`."""
-    return tl.load(TABLE + segment * 5), tl.load(TABLE + segment * 5 + 1), tl.load(TABLE + segment * 5 + 2)
 
 
 @triton.jit
@@ -45,14 +41,6 @@ def gates(G, SUMS, TOTALS, TABLE, g_b, g_t, g_h, s_b, s_h, H, CHUNKS, C: tl.cons
     each = tl.maximum(tl.load(G + row * g_b + t * g_t + h[None, :] * g_h, mask=inside, other=0.0).to(ACC), LEAST)
     tl.store(SUMS + row * s_b + h[None, :] * s_h + t, tl.cumsum(each, 0), mask=inside)
     tl.store(TOTALS + place * H + h, tl.sum(tl.where(inside, each, 0.0), 0), mask=h < H)
-
-
-@triton.jit
-def load_tile(X, i, c, stride, left, channels, EVEN: tl.constexpr, TYPE: tl.constexpr):
-    """Tokens i of a chunk of which `left` exist, channels c."""
-    if EVEN:
-        return tl.load(X + i[:, None] * stride + c[None, :], mask=i[:, None] < left, other=0.0).to(TYPE)
-    return tl.load(X + i[:, None] * stride + c[None, :], mask=(i[:, None] < left) & (c[None, :] < channels), other=0.0).to(TYPE)
 
 
 @triton.jit
