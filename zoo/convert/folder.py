@@ -7,7 +7,7 @@ The student lies in the folder like any model: as converted until the last stage
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,38 +16,41 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from zoo.auto import from_pretrained
+from zoo.convert.data import fingerprint, read_tokens, rows_of, spread
 from zoo.convert.fit import Fit
 from zoo.convert.headers import blank_teacher
-from zoo.convert.plan import blank_student, check_memory, even, lacks
+from zoo.convert.plan import blank_student, check_memory, lacks
 from zoo.convert.recipe import Method, read_method
-from zoo.convert.report import Row, write_report
-from zoo.convert.run import LENGTHS, spread
-from zoo.convert.select import most_sensitive, window_sensitivity
-from zoo.convert.student import convert
+from zoo.convert.report import LENGTHS, Row, write_report
+from zoo.convert.select import ALIGNED, hybrid, layer_scores, select_layers
+from zoo.convert.student import convert, converted_layers
 from zoo.convert.teacher import load_teacher
-from zoo.convert.texts import pydoc_topics
 from zoo.evaluate.perplexity import perplexity
 from zoo.evaluate.speed import generation_speed, state_bytes
-from zoo.train.data import check_ids, documents, encode
-from zoo.train.data import token_rows as token_file
 from zoo.train.trainer import Interruption
 
 JOB, PROGRESS, REPORT = "conversion.json", "progress.pt", "report.json"
-HELD_ROWS = 16  # of held-out text, to measure perplexity on
+HELD_ROWS, HELD_LENGTH = 16, 1024  # of held-out text, to measure perplexity on, where there is as much
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What was asked: the teacher's folder or Hub id, a settled recipe, files of text (none: Python's help topics), a seed."""
+    """What was asked: the teacher's folder or Hub id, a settled recipe, files of text (none: Python's help topics), a seed.
+
+    Args: aligned: the finished folder of a conversion that aligned every layer, from whose mixers the student begins; None: none.
+    """
 
     teacher: str
     method: Method
     data: tuple[str, ...] = ()
     seed: int = 0
+    aligned: str | None = None
 
     def to_dict(self) -> dict:
-        return {"teacher": self.teacher, "recipe": self.method.to_dict(), "data": list(self.data), "seed": self.seed}
+        return {
+            "teacher": self.teacher, "recipe": self.method.to_dict(), "data": list(self.data), "seed": self.seed, "aligned": self.aligned
+        }  # fmt: skip
 
     @property
     def digest(self) -> str:
@@ -77,11 +80,9 @@ def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu",
     train, _ = read_tokens(job.data, tokenizer, teacher.config.vocab_size)
     for stage in job.method.stages:
         rows_of(train, stage.length, "text")
-    kept = choose_layers(teacher, job.method, train, say)
-    torch.manual_seed(job.seed)
-    method = job.method
-    student = convert(teacher, mixer=method.mixer, keep=kept, window=method.window, sinks=method.sinks, mixer_args=method.mixer_args,
-                      inherit=method.inherit)  # fmt: skip
+    method, aligned = job.method, open_aligned(job, device)
+    kept = choose_layers(teacher, method, train, say, aligned)
+    student = begin(job, teacher, kept) if aligned is None else hybrid(teacher, aligned, kept)
     if lacking := lacks(method, student):
         raise ValueError(f"the recipe {method.name!r} would teach this student nothing: {'; '.join(lacking)}")
     for name in (JOB, PROGRESS, REPORT):  # of what was there before
@@ -93,8 +94,19 @@ def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu",
     say(f"layers {list(kept)} of {len(student.config.plan)} keep attention; the converted student is in {folder}")
 
 
-def advance(folder: str | os.PathLike, say: Say, *, device: str = "cpu", save_every: int = 200, progress: bool = True) -> bool:
-    """Take what is left of the stages; False if a signal came first, and what was done is saved.
+def begin(job: Job, teacher: nn.Module, kept: Iterable[int]) -> nn.Module:
+    """The student as converted, with attention in the layers `kept`."""
+    method = job.method
+    torch.manual_seed(job.seed)
+    return convert(teacher, mixer=method.mixer, keep=kept, window=method.window, sinks=method.sinks, mixer_args=method.mixer_args,
+                   inherit=method.inherit)  # fmt: skip
+
+
+def advance(
+    folder: str | os.PathLike, say: Say, *, device: str = "cpu", save_every: int = 200, progress: bool = True,
+    stop: Callable[[], bool] = lambda: False,
+) -> bool:  # fmt: skip
+    """Take what is left of the stages; False if a signal came first or `stop`, asked after every step, said so: what was done is saved.
 
     Raises:
         ValueError: there is no such folder, it is finished, or its data are no longer the same.
@@ -106,7 +118,7 @@ def advance(folder: str | os.PathLike, say: Say, *, device: str = "cpu", save_ev
     train, held_out = read_tokens(job.data, tokenizer, teacher.config.vocab_size)
     student = from_pretrained(folder, task="causal_lm", dtype=torch.float32).to(device).eval()
     fresh = blank_student(teacher, student.config)[1].fresh
-    held_out = spread(rows_of(held_out, job.method.stages[0].length, "held-out text"), HELD_ROWS)
+    held_out = held_rows(held_out, job)
     done = load(folder, job, train, device)
     if done is None:
         measured = {"teacher": perplexity(teacher, held_out), "converted": perplexity(student, held_out)}
@@ -117,9 +129,10 @@ def advance(folder: str | os.PathLike, say: Say, *, device: str = "cpu", save_ev
     interruption.on_train_begin(None, None, None)
 
     def after(fit: Fit) -> bool:
-        if interruption.raised or len(fit.history) % save_every == 0:
+        ends = interruption.raised or stop()
+        if ends or len(fit.history) % save_every == 0:
             save(folder, job, train, student, done | {"fit": fit.state()})
-        return interruption.raised
+        return ends
 
     try:
         while done["stage"] < len(job.method.stages):
@@ -139,7 +152,7 @@ def advance(folder: str | os.PathLike, say: Say, *, device: str = "cpu", save_ev
             say(f"{stage.name}: perplexity {done['perplexity'][stage.name]:.2f} on held-out text")
     finally:
         interruption.restore()
-    finish(folder, job, teacher, student, held_out, done)
+    finish(folder, job, teacher, student, held_out, done | {"data": fingerprint(train)})
     return True
 
 
@@ -153,7 +166,9 @@ def finish(folder: Path, job: Job, teacher: nn.Module, student: nn.Module, held_
         for name, value in done["perplexity"].items()
     ]
     first = job.method.stages[0].name
-    write_report(rows, done["losses"][first], job.to_dict() | {"losses": done["losses"], "digest": job.digest}, folder)
+    kept = sorted(set(range(len(student.config.plan))) - set(converted_layers(student)))
+    facts = {"losses": done["losses"], "digest": job.digest, "data_hash": done["data"], "kept": kept, "tokens_held_out": held_out.numel()}
+    write_report(rows, done["losses"][first], job.to_dict() | facts, folder)
     (folder / PROGRESS).unlink()
     return rows
 
@@ -183,7 +198,7 @@ def read_job(folder: Path) -> Job:
     if not (folder / JOB).is_file():
         raise ValueError(f"{folder} has no {JOB}, so it is no conversion; begin one with `run` or `init`")
     content = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    return Job(content["teacher"], read_method(content["recipe"], {}), tuple(content["data"]), content["seed"])
+    return Job(content["teacher"], read_method(content["recipe"], {}), tuple(content["data"]), content["seed"], content.get("aligned"))
 
 
 def differences(before: Job, now: Job) -> str:
@@ -216,10 +231,6 @@ def load(folder: Path, job: Job, train: Tensor, device: str) -> dict | None:
     return done
 
 
-def fingerprint(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
-
-
 # -- teacher and data ----------------------------------------------------------------------------------------------------
 
 
@@ -237,53 +248,38 @@ def memory(device: str) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def choose_layers(teacher: nn.Module, method: Method, train: Tensor, say: Say) -> tuple[int, ...]:
+def open_aligned(job: Job, device: str) -> nn.Module | None:
+    """The student to begin from, if there is one; ValueError where it is not finished, or of another teacher or other mixers."""
+    if job.aligned is None:
+        return None
+    folder, before = Path(job.aligned), read_job(Path(job.aligned))
+    if not (folder / REPORT).is_file() or (folder / PROGRESS).is_file():
+        raise ValueError(f"{folder} is not finished; go on with: resume {folder}")
+    old, new = before.to_dict() | before.to_dict()["recipe"], job.to_dict() | job.to_dict()["recipe"]
+    own = ("teacher", "recipe", "data", "seed", "aligned", "name", "title", "paper", "keep", "select", "stages", "needs", "init")
+    if wrong := [name for name in new if (name not in own or name == "teacher") and old.get(name) != new[name]]:
+        raise ValueError(f"{folder} was aligned with {wrong[0]}={old.get(wrong[0])!r}, this conversion asks for {new[wrong[0]]!r}")
+    return from_pretrained(folder, task="causal_lm", dtype=torch.float32).to(device).eval()
+
+
+def choose_layers(teacher: nn.Module, method: Method, train: Tensor, say: Say, aligned: nn.Module | None = None) -> tuple[int, ...]:
     """Which layers stay, as the recipe says."""
     count = len(teacher.config.layer_configs())
-    kept = method.kept(count)
+    kept, signal, window = method.kept(count), method.select.replace("none", "uniform"), method.window or 64
     if isinstance(kept, tuple):
         return kept
-    if method.select != "window" or kept in (0, count):
-        return even(count, kept)
-    window = method.window or 64
-    rows = spread(rows_of(train, max(4 * window, method.stages[0].length), "text"), 2).to(teacher.device)
-    say(f"probing which {kept} layers need to see further than {window} tokens")
-    return tuple(most_sensitive(window_sensitivity(teacher, rows, window=window, sinks=method.sinks), kept))
+    if signal in ALIGNED and aligned is None:
+        raise ValueError(f"select={signal} reads an aligned student; align every layer first, and name its folder: --aligned FOLDER")
+    rows = spread(rows_of(train, max(4 * window, method.stages[0].length), "text"), 2)
+    if 0 < kept < count and signal != "uniform":
+        say(f"looking for {kept} layers to keep, by {signal}")
+    else:
+        signal = "uniform"
+    scores = layer_scores(signal, teacher, rows, aligned=aligned, window=window, sinks=method.sinks)
+    return tuple(select_layers(signal, scores, kept))
 
 
-def read_tokens(paths: tuple[str, ...], tokenizer, vocab_size: int) -> tuple[Tensor, Tensor]:
-    """Token ids to train on and held out, `[N]` each: the last tenth of every file, or certain of Python's help topics.
-
-    Raises:
-        ValueError: text without a tokenizer, no text, or ids that the teacher does not have.
-    """
-    binary = [path for path in paths if Path(path).suffix in (".bin", ".npy")]
-    if tokenizer is None and len(binary) < max(1, len(paths)):
-        raise ValueError("the teacher has no tokenizer, so the data must be files of tokens: --data tokens.npy")
-    if not paths:
-        parts = [torch.tensor([i for text in texts for i in encode(tokenizer, "text", [(text, True)])[0]]) for texts in pydoc_topics()]
-        check_ids(parts[0].numpy(), vocab_size, "Python's help topics")
-        return parts[0].int(), parts[1].int()
-    train, held = [], []
-    for path in paths:
-        if path in binary:
-            tokens = torch.tensor(token_file(Path(path), 1, vocab_size, None).tokens.astype("int32"))
-        else:
-            tokens = torch.tensor(
-                [i for _, kind, parts in documents(Path(path), tokenizer) for i in encode(tokenizer, kind, parts)[0]]
-            ).int()
-            if not len(tokens):
-                raise ValueError(f"{path} holds no text")
-            check_ids(tokens.numpy(), vocab_size, path)
-        cut = len(tokens) - len(tokens) // 10
-        train.append(tokens[:cut])
-        held.append(tokens[cut:])
-    return torch.cat(train), torch.cat(held)
-
-
-def rows_of(tokens: Tensor, length: int, what: str) -> Tensor:
-    """`[N, length]` int64; what is left over at the end is dropped."""
-    count = len(tokens) // length
-    if not count:
-        raise ValueError(f"the {what} has {len(tokens)} tokens, a row needs {length}; give more with --data, or shorten the stage's length")
-    return tokens[: count * length].view(count, length).long()
+def held_rows(tokens: Tensor, job: Job) -> Tensor:
+    """Rows to measure perplexity on, int64; shorter ones where there is little text."""
+    length = HELD_LENGTH if len(tokens) >= HELD_LENGTH else job.method.stages[0].length
+    return spread(rows_of(tokens, length, "held-out text"), HELD_ROWS)

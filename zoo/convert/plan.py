@@ -1,6 +1,5 @@
 """What a conversion will do and cost, told from a teacher's config and the headers of its files alone."""
 
-import math
 from collections import Counter
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -11,6 +10,7 @@ from zoo.auto import model_class
 from zoo.convert.fit import trained
 from zoo.convert.headers import Blueprint, size
 from zoo.convert.recipe import Method, Stage, settled
+from zoo.convert.select import even
 from zoo.convert.student import converted_layers, student_config
 from zoo.convert.weights import Account, seed_student
 from zoo.evaluate.speed import state_bytes
@@ -107,11 +107,6 @@ def layout_config(model: nn.Module, method: Method) -> HybridConfig:
     kept = method.kept(count)
     kept = even(count, kept) if isinstance(kept, int) else kept
     return student_config(model.config, method.mixer, kept, method.window, method.sinks, method.mixer_args, method.inherit)
-
-
-def even(layers: int, count: int) -> tuple[int, ...]:
-    """`count` layers at even distances, from the middle of the first stretch on."""
-    return tuple(math.floor((i + 0.5) * layers / count) for i in range(count))
 
 
 def blank_student(teacher: nn.Module, config: HybridConfig) -> tuple[nn.Module, Account]:

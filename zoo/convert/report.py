@@ -5,6 +5,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+LENGTHS = (1024, 8192, 32768)  # tokens after which a state is weighed
 COLOURS = ("#4c566a", "#d08770", "#5e81ac")  # teacher, converted, trained; the same in every panel
 
 

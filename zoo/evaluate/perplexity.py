@@ -25,12 +25,12 @@ class TextScore(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        return _exp(self.nats / self.tokens)
+        return exp(self.nats / self.tokens)
 
     @property
     def word_perplexity(self) -> float:
         """Comparable between tokenizers, as bits per byte are."""
-        return _exp(self.nats / self.words)
+        return exp(self.nats / self.words)
 
     @property
     def bits_per_byte(self) -> float:
@@ -95,7 +95,7 @@ def by_position(nats: Tensor, length: int) -> dict[tuple[int, int], float]:
     while edges[-1] <= len(nats):
         edges.append(2 * edges[-1])
     return {
-        (start, min(stop, len(nats) + 1)): _exp(nats[max(start - 1, 0) : stop - 1].mean().item())  # nats[0] is of position 1
+        (start, min(stop, len(nats) + 1)): exp(nats[max(start - 1, 0) : stop - 1].mean().item())  # nats[0] is of position 1
         for start, stop in pairwise(edges)
     }
 
@@ -131,13 +131,13 @@ def perplexity(model: nn.Module, rows: Tensor, *, batch: int = 1, label: str | N
     for piece in rows.to(next(model.parameters()).device).split(batch):
         total += token_nats(model, piece).sum().item()
         counted += piece[:, 1:].numel()
-        progress.set_postfix(ppl=f"{_exp(total / counted):.2f}", refresh=False)
+        progress.set_postfix(ppl=f"{exp(total / counted):.2f}", refresh=False)
         progress.update(piece.numel())
     progress.close()
     model.train(was_training)
-    return _exp(total / counted)
+    return exp(total / counted)
 
 
-def _exp(mean: float) -> float:
+def exp(mean: float) -> float:
     """`exp`, and infinity where a float cannot hold it."""
     return math.exp(mean) if mean < 709 else math.inf
