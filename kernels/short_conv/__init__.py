@@ -10,6 +10,7 @@ from zoo.kernels.short_conv import chunked, reference
 
 NAME = "short_conv"
 ACTIVATIONS = (None, "silu")
+WIDEST = 16  # window that the fused kernels take
 
 
 def short_conv(
@@ -83,6 +84,12 @@ def _meta(tensors: dict, options: dict, sequences: int) -> tuple[Tensor, Tensor]
     return x.new_empty(x.shape), x.new_empty(sequences, weight.shape[1] - 1, x.shape[2])
 
 
+def _obstacle(tensors: dict) -> str | None:
+    """What the fused kernels do not do."""
+    width = tensors["weight"].shape[1]
+    return f"the window has {width} inputs, and its kernels keep up to {WIDEST} in registers" if width > WIDEST else None
+
+
 def _case(width: int = 4, bias: bool = True, activation: str | None = "silu"):
     def draw(generator: torch.Generator, batch: int, length: int, dtype: torch.dtype) -> dict:
         def normal(*shape):
@@ -105,7 +112,8 @@ OP = Op(
     options={"activation": "str?"},
     along_time=("x",),
     meta=_meta,
-    opaque=False,
+    fused="zoo.kernels.short_conv.fused",
+    obstacle=_obstacle,
     cases={"silu": _case(), "linear": _case(bias=False, activation=None), "wide": _case(9), "pointwise": _case(1)},
     call=short_conv,
 )

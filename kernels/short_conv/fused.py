@@ -1,0 +1,254 @@
+"""Short causal convolution in Triton.
+
+A program walks one segment of a sequence over a block of channels, token by token, with the last W - 1 inputs in registers: every
+input is read once, or W - 1 more a segment. Several rows are asked for before the first is used, which is all the latency hiding there
+is. The gradient of an input is complete W - 1 tokens later, when the last output that reads it has come by; the walk of the backward
+pass therefore goes W - 1 tokens past its segment, makes the outputs before SiLU anew, and sums up its share of the weight's gradient.
+
+Floor, D channels of two bytes, per token: forward x in and y out, 4 D bytes; backward x and dy in, dx out, 6 D bytes.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from zoo.kernels.fused import segment_of
+from zoo.kernels.launch import launch, rows, strides
+from zoo.kernels.packing import Packing
+from zoo.kernels.segments import Segments, cdiv, power_of_two
+
+AHEAD = 8  # rows asked for at once
+VECTOR = 16  # bytes of a thread's share of a row, less where the window is long
+PROGRAMS = 4096  # that a GPU is given if there are tokens enough
+LEAST, MOST = 16, 256  # tokens of a segment
+
+
+@triton.jit
+def place_of(TABLE, FIRST, segment, SPLIT: tl.constexpr):
+    """A segment's sequence, and whether it is the first and the last of it."""
+    n = tl.load(TABLE + segment * 5 + 3) - (segment if SPLIT else 0)
+    return n, tl.load(FIRST + n) == segment, tl.load(FIRST + n + 1) == segment + 1
+
+
+@triton.jit
+def load_taps(WEIGHT, c, inside, w_d, w_w, W: tl.constexpr):
+    taps = ()
+    for w in tl.static_range(W):
+        taps += (tl.load(WEIGHT + c * w_d + w * w_w, mask=inside, other=0.0).to(tl.float32),)
+    return taps
+
+
+@triton.jit
+def load_window(X, STATE, x_t, s_i, inside, is_first, W: tl.constexpr):
+    """The W - 1 inputs before X, of the state where X is the first of its sequence."""
+    window = ()
+    for i in tl.static_range(W - 1):
+        x = tl.load(X + (i - W + 1) * x_t, mask=inside & (is_first == 0), other=0.0).to(tl.float32)
+        if STATE is not None:
+            # the state is used in x's dtype
+            x += tl.load(STATE + i * s_i, mask=inside & is_first, other=0.0).to(X.dtype.element_ty).to(tl.float32)
+        window += (x,)
+    return window
+
+
+@triton.jit
+def load_ahead(X, x_t, inside, left, COUNT: tl.constexpr):
+    """The next rows, of which `left` exist."""
+    xs = ()
+    for i in tl.static_range(COUNT):
+        xs += (tl.load(X + i * x_t, mask=inside & (i < left), other=0.0),)
+    return xs
+
+
+@triton.jit
+def convolve(window, x, taps, bias, W: tl.constexpr):
+    z = bias + x * taps[W - 1]
+    for w in tl.static_range(W - 1):
+        z += window[w] * taps[w]
+    return z
+
+
+@triton.jit
+def forward(
+    X, WEIGHT, BIAS, STATE, OUT, LAST, TABLE, FIRST,
+    x_b, x_t, o_b, o_t, s_b, s_i, l_b, l_i, w_d, w_w, D,
+    W: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, SILU: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """OUT, and LAST, the last W - 1 inputs of every sequence, which may be STATE itself. Programs: segments x blocks of channels."""
+    blocks = tl.cdiv(D, BD)
+    segment, c = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    row, start, stop = segment_of(TABLE, segment)
+    if start == stop:
+        return
+    n, is_first, is_last = place_of(TABLE, FIRST, segment, SPLIT)
+    inside = c < D
+    X += row * x_b + start * x_t + c
+    OUT += row * o_b + start * o_t + c
+    if STATE is not None:
+        STATE += n * s_b + c
+    taps = load_taps(WEIGHT, c, inside, w_d, w_w, W)
+    bias = tl.zeros((BD,), tl.float32)
+    if BIAS is not None:
+        bias += tl.load(BIAS + c, mask=inside, other=0.0).to(tl.float32)
+    window = load_window(X, STATE, x_t, s_i, inside, is_first, W)
+    length = stop - start
+    for t in range(0, length, AHEAD):
+        xs = load_ahead(X + t * x_t, x_t, inside, length - t, AHEAD)
+        for i in tl.static_range(AHEAD):
+            x = xs[i].to(tl.float32)
+            y = convolve(window, x, taps, bias, W)
+            if SILU:
+                y *= tl.sigmoid(y)
+            tl.store(OUT + (t + i) * o_t, y.to(OUT.dtype.element_ty), mask=inside & (i < length - t))
+            window += (x,)
+            window = window[1:]
+    if is_last:
+        for i in tl.static_range(W - 1):
+            before = length + i < W - 1 and is_first  # still of the old state
+            x = tl.load(X + (length + i - W + 1) * x_t, mask=inside & (before == 0), other=0.0)
+            if STATE is not None:
+                x += tl.load(STATE + (length + i) * s_i, mask=inside & before, other=0.0).to(x.dtype)
+            tl.store(LAST + n * l_b + i * l_i + c, x.to(LAST.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def backward(
+    X, DOUT, WEIGHT, BIAS, STATE, DLAST, DX, DSTATE, PARTS, TABLE, FIRST,
+    x_b, x_t, y_b, y_t, o_b, o_t, s_b, s_i, l_b, l_i, w_d, w_w, D,
+    W: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, SILU: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """DX, DSTATE [N, W - 1, D], and PARTS [segments, W + 1, D], each segment's share of the gradients of weight and bias.
+    Programs: segments x blocks of channels."""
+    blocks = tl.cdiv(D, BD)
+    segment, c = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
+    row, start, stop = segment_of(TABLE, segment)
+    if start == stop:
+        return
+    n, is_first, is_last = place_of(TABLE, FIRST, segment, SPLIT)
+    end = stop
+    if not is_last:
+        end = tl.load(TABLE + segment * 5 + 7)  # of the next segment
+    inside = c < D
+    X += row * x_b + start * x_t + c
+    DOUT += row * y_b + start * y_t + c
+    DX += row * o_b + start * o_t + c
+    taps = load_taps(WEIGHT, c, inside, w_d, w_w, W)
+    bias = tl.zeros((BD,), tl.float32)
+    if BIAS is not None:
+        bias += tl.load(BIAS + c, mask=inside, other=0.0).to(tl.float32)
+    if STATE is not None:
+        STATE += n * s_b + c
+    window = load_window(X, STATE, x_t, s_i, inside, is_first, W)
+    dzs, sums = (), (tl.zeros((BD,), tl.float32),)
+    for _ in tl.static_range(W - 1):
+        dzs += (tl.zeros((BD,), tl.float32),)
+        sums += (tl.zeros((BD,), tl.float32),)
+    dbias = tl.zeros((BD,), tl.float32)
+    length, left = stop - start, end - start
+    for t in range(0, length + W - 1, AHEAD):
+        xs, dys = load_ahead(X + t * x_t, x_t, inside, left - t, AHEAD), load_ahead(DOUT + t * y_t, y_t, inside, left - t, AHEAD)
+        for i in tl.static_range(AHEAD):
+            x, dz = xs[i].to(tl.float32), dys[i].to(tl.float32)
+            if SILU:
+                z = convolve(window, x, taps, bias, W)
+                s = tl.sigmoid(z)
+                dz *= s * (1.0 + z * (1.0 - s))
+            window += (x,)
+            dzs += (dz,)
+            p = t + (i - W + 1)  # whose gradient is complete
+            dx = dz * taps[0]
+            for w in tl.static_range(1, W):
+                dx += dzs[W - 1 - w] * taps[w]
+            if DLAST is not None:
+                j = p - left + W - 1
+                dx += tl.load(DLAST + n * l_b + j * l_i + c, mask=inside & (j >= 0) & (p < length), other=0.0).to(tl.float32)
+            tl.store(DX + p * o_t, dx.to(DX.dtype.element_ty), mask=inside & (p >= 0) & (p < length))
+            if DSTATE is not None:
+                tl.store(DSTATE + (n * (W - 1) + p + W - 1) * D + c, dx.to(DSTATE.dtype.element_ty), mask=inside & (p < 0) & is_first)
+            if PARTS is not None:
+                own = tl.where(i < length - t, dz, 0.0)  # the others are the next segment's
+                added = ()
+                for w in tl.static_range(W):
+                    added += (sums[w] + own * window[w],)
+                sums = added
+                dbias += own
+            window, dzs = window[1:], dzs[1:]
+    if PARTS is not None:
+        PARTS += segment * (W + 1) * D + c
+        for w in tl.static_range(W):
+            tl.store(PARTS + w * D, sums[w], mask=inside)
+        tl.store(PARTS + W * D, dbias, mask=inside)
+
+
+class Problem:
+    """Sizes and segments of one call."""
+
+    def __init__(self, x: Tensor, weight: Tensor, cu_seqlens: Tensor | None):
+        self.batch, self.length, self.channels = x.shape
+        self.width, self.packed = weight.shape[1], cu_seqlens is not None
+        self.sequences = cu_seqlens.numel() - 1 if self.packed else self.batch
+        share = max(1, VECTOR // x.element_size() * 4 // max(4, power_of_two(self.width)))
+        self.block = min(32 * share, power_of_two(self.channels))
+        self.blocks = cdiv(self.channels, self.block)
+        size = cdiv(self.batch * self.length * self.blocks, PROGRAMS)
+        size = min(max(power_of_two(size), LEAST, power_of_two(self.width)), max(MOST, power_of_two(self.width)))
+        self.segments = Segments.of(self.batch, self.length, min(size, self.length), cu_seqlens, x.device)
+        self.programs = self.segments.count * self.blocks
+        self.ahead = min(AHEAD, power_of_two(self.length))
+
+    def window(self, like: Tensor, otherwise: Tensor | None) -> Tensor:
+        """Room for one window a sequence; an empty sequence has what it was given."""
+        shape = self.sequences, self.width - 1, self.channels
+        if not self.packed:
+            return like.new_empty(shape)
+        return like.new_zeros(shape) if otherwise is None else otherwise.to(like.dtype, copy=True)
+
+
+class _ShortConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, state, silu: bool, cu_seqlens):
+        x = rows(x)
+        bias, state = (None if t is None else t.contiguous() for t in (bias, state))
+        p = Problem(x, weight, cu_seqlens)
+        out, last = torch.empty_like(x, memory_format=torch.contiguous_format), p.window(x, state)
+        launch(
+            forward, p.programs,
+            x, weight, bias, state, out, last, p.segments.table, p.segments.first,
+            *strides(x)[:2], *strides(out)[:2], *strides(state)[:2], *strides(last)[:2], *weight.stride(), p.channels,
+            W=p.width, BD=p.block, AHEAD=p.ahead, SILU=silu, SPLIT=p.segments.split, num_warps=1,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, bias, state)
+        ctx.problem, ctx.silu = p, silu
+        ctx.set_materialize_grads(False)
+        return out, last
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout, dlast):
+        x, weight, bias, state = ctx.saved_tensors
+        p = ctx.problem
+        dout = rows(x.new_zeros(1).expand(x.shape) if dout is None else dout)
+        dlast = None if dlast is None else dlast.contiguous()
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dstate = p.window(state, dlast) if ctx.needs_input_grad[3] else None
+        parts = None
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            make = torch.zeros if p.packed else torch.empty  # there may be segments without tokens
+            parts = make(p.segments.count, p.width + 1, p.channels, dtype=torch.float32, device=x.device)
+        launch(
+            backward, p.programs,
+            x, dout, weight, bias, state, dlast, dx, dstate, parts, p.segments.table, p.segments.first,
+            *strides(x)[:2], *strides(dout)[:2], *strides(dx)[:2], *strides(state)[:2], *strides(dlast)[:2], *weight.stride(), p.channels,
+            W=p.width, BD=p.block, AHEAD=p.ahead, SILU=ctx.silu, SPLIT=p.segments.split, num_warps=1,
+        )  # fmt: skip
+        dweight = dbias = None
+        if parts is not None:
+            total = parts.sum(0)
+            dweight, dbias = total[:-1].t().to(weight.dtype), None if bias is None else total[-1].to(bias.dtype)
+        return dx, dweight, dbias, dstate, None, None
+
+
+def short_conv(x, weight, bias, state, activation: str | None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
+    """See `zoo.kernels.short_conv.short_conv`."""
+    return _ShortConv.apply(x, weight, bias, state, activation == "silu", None if packing is None else packing.cu_seqlens)
