@@ -20,6 +20,7 @@ from zoo.kernels.packing import Packing
 
 Backend = Literal["auto", "reference", "chunked", "fused"]
 BACKENDS = ("auto", "reference", "chunked", "fused")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 OPS: dict[str, "Op"] = {}
 _preferred: str = "auto"
@@ -61,8 +62,10 @@ class Op:
         packed: `chunked` on a packed row as it lies, `(packing, **tensors, **options)`; without it the row is padded.
         fused: the module with the Triton kernels, imported when they are first used; its function of the operator's name takes
             `(**tensors, **options, packing=packing)`.
+        complex_kernels: whether the fused kernels take complex tensors too.
         obstacle: `(tensors)` -> why the fused kernels do not take these, or None; float64 and CPUs need not be named.
-        opaque: `torch.compile` sees one node (for loops over time); False lets it trace plain torch code and fuse it.
+        opaque: `torch.compile` sees one node (for loops over time); False lets it trace plain torch code and fuse it, for which
+            `auto` takes the chunked backend.
         cases: name -> `(generator, batch, length, dtype) -> keyword arguments`; tests and benchmarks draw from these.
         call: the public function.
     """
@@ -77,6 +80,7 @@ class Op:
     pad_values: dict[str, float] = field(default_factory=dict)
     packed: Callable | None = None
     fused: str = ""
+    complex_kernels: bool = False
     obstacle: Callable[[dict[str, Tensor | None]], str | None] = lambda tensors: None
     opaque: bool = True
     cases: dict[str, Callable] = field(default_factory=dict)
@@ -101,7 +105,7 @@ class Op:
             return "Triton is not installed"
         if lead.device.type != "cuda" and not interpreted():
             return f"the tensors are on {lead.device.type}, and Triton needs a CUDA device (or TRITON_INTERPRET=1 to try it slowly)"
-        if lead.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if lead.dtype not in KERNEL_DTYPES and not (self.complex_kernels and lead.dtype == torch.complex64):
             return f"Triton kernels take float32, bfloat16 and float16, not {lead.dtype}"
         return self.obstacle(tensors)
 
@@ -113,6 +117,7 @@ class Op:
         obstacle = self.fused_obstacle(tensors)
         if backend == "auto":
             slow = obstacle or tensors[self.names[0]].device.type == "cpu"  # where Triton would be interpreted
+            slow = slow or (not self.opaque and torch.compiler.is_compiling())
             return "reference" if length == 1 and self.recurrent else "chunked" if slow else "fused"
         if backend == "fused" and obstacle:
             raise BackendError(f"{self.name}: fused cannot run: {obstacle}. Use backend='auto' or 'chunked'.")
@@ -124,7 +129,7 @@ class Op:
         if packing is not None:
             packing.check(self.name, self.names[0], lead)
         backend = self.resolve(backend, tensors, lead.shape[1])
-        if self.opaque and torch.compiler.is_compiling() and backend != "reference":
+        if (self.opaque or backend == "fused") and torch.compiler.is_compiling() and backend != "reference":
             cu_seqlens = None if packing is None else packing.cu_seqlens
             return self.custom_op(*(tensors[n] for n in self.names), cu_seqlens, *options.values(), backend)
         return self.execute(tensors, options, packing, backend)

@@ -10,6 +10,7 @@ from zoo.kernels.gated_norm import chunked, reference
 NAME = "gated_norm"
 KINDS = ("rms", "layer")
 ACTIVATIONS = ("silu", "sigmoid")
+LARGEST = 16384  # bytes of a row that the fused kernels take
 
 
 def gated_norm(
@@ -83,6 +84,12 @@ def _meta(tensors: dict, options: dict, sequences: int) -> tuple[Tensor, None]:
     return x.new_empty(x.shape), None
 
 
+def _obstacle(tensors: dict) -> str | None:
+    """What the fused kernels do not do."""
+    size = tensors["x"].shape[-1] * tensors["x"].element_size()
+    return f"rows have {size} bytes, and its kernels hold up to {LARGEST} of them in registers" if size > LARGEST else None
+
+
 def _case(kind: str = "rms", groups: int = 1, activation: str = "silu", norm_before_gate: bool = True, bias: bool = False):
     def draw(generator: torch.Generator, batch: int, length: int, dtype: torch.dtype) -> dict:
         def normal(*shape):
@@ -103,6 +110,8 @@ OP = Op(
     options={"kind": "str", "groups": "int", "activation": "str", "norm_before_gate": "bool", "eps": "float"},
     along_time=("x", "gate"),
     meta=_meta,
+    fused="zoo.kernels.gated_norm.fused",
+    obstacle=_obstacle,
     opaque=False,
     cases={
         "rms": _case(),

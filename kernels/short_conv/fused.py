@@ -20,6 +20,7 @@ from zoo.kernels.segments import Segments, cdiv, power_of_two
 
 AHEAD = 8  # rows asked for at once
 VECTOR = 16  # bytes of a thread's share of a row, less where the window is long
+WARPS = 1
 PROGRAMS = 4096  # that a GPU is given if there are tokens enough
 LEAST, MOST = 16, 256  # tokens of a segment
 
@@ -189,7 +190,7 @@ class Problem:
         self.width, self.packed = weight.shape[1], cu_seqlens is not None
         self.sequences = cu_seqlens.numel() - 1 if self.packed else self.batch
         share = max(1, VECTOR // x.element_size() * 4 // max(4, power_of_two(self.width)))
-        self.block = min(32 * share, power_of_two(self.channels))
+        self.block = min(32 * WARPS * share, power_of_two(self.channels))
         self.blocks = cdiv(self.channels, self.block)
         size = cdiv(self.batch * self.length * self.blocks, PROGRAMS)
         size = min(max(power_of_two(size), LEAST, power_of_two(self.width)), max(MOST, power_of_two(self.width)))
@@ -216,7 +217,7 @@ class _ShortConv(torch.autograd.Function):
             forward, p.programs,
             x, weight, bias, state, out, last, p.segments.table, p.segments.first,
             *strides(x)[:2], *strides(out)[:2], *strides(state)[:2], *strides(last)[:2], *weight.stride(), p.channels,
-            W=p.width, BD=p.block, AHEAD=p.ahead, SILU=silu, SPLIT=p.segments.split, num_warps=1,
+            W=p.width, BD=p.block, AHEAD=p.ahead, SILU=silu, SPLIT=p.segments.split, num_warps=WARPS,
         )  # fmt: skip
         ctx.save_for_backward(x, weight, bias, state)
         ctx.problem, ctx.silu = p, silu
@@ -240,7 +241,7 @@ class _ShortConv(torch.autograd.Function):
             backward, p.programs,
             x, dout, weight, bias, state, dlast, dx, dstate, parts, p.segments.table, p.segments.first,
             *strides(x)[:2], *strides(dout)[:2], *strides(dx)[:2], *strides(state)[:2], *strides(dlast)[:2], *weight.stride(), p.channels,
-            W=p.width, BD=p.block, AHEAD=p.ahead, SILU=ctx.silu, SPLIT=p.segments.split, num_warps=1,
+            W=p.width, BD=p.block, AHEAD=p.ahead, SILU=ctx.silu, SPLIT=p.segments.split, num_warps=WARPS,
         )  # fmt: skip
         dweight = dbias = None
         if parts is not None:
