@@ -1,10 +1,13 @@
 """What only a CUDA device can show; run with `pytest -m gpu`."""
 
+from unittest import mock
+
 import pytest
 import torch
 from test_ops import cast, inputs, run
 
 import zoo
+from zoo import decode
 from zoo.evaluate.closeness import assert_close
 from zoo.evaluate.subject import Subject
 from zoo.ops import OPS
@@ -70,3 +73,36 @@ def test_generates(name):
     expected = model.generate(ids, use_cache=False, **arguments)
     assert torch.equal(model.generate(ids, **arguments), expected)
     assert torch.equal(model.generate(ids, cache_implementation="static", **arguments), expected)
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_recorded_steps_equal_plain_ones(name, monkeypatch):
+    """As CUDA graphs, with room that is used up on the way; a model whose steps wait is not recorded."""
+    recorder = mock.Mock(side_effect=decode.record_graph)
+    monkeypatch.setattr(decode, "record_graph", recorder)
+    monkeypatch.setattr(decode, "ROOM", -10)
+    model = Subject(name).model().cuda()
+    ids, mask = torch.arange(1, 19, device="cuda").view(2, 9), torch.ones(2, 9, dtype=torch.long, device="cuda")
+    mask[0, :4] = 0
+    for way in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True}):
+        written = []
+        for device in ("none", "cuda"):
+            recorder.reset_mock()
+            monkeypatch.setattr(decode, "DEVICE", device)
+            torch.manual_seed(0)
+            arguments = {"max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": None, "attention_mask": mask} | way
+            written.append(model.generate(ids, **arguments))
+        waits = any(getattr(module, "waits_for_device", False) for module in model.modules())
+        assert recorder.call_count == 0 if waits else recorder.call_count > 0
+        assert torch.equal(*written)
+
+
+def test_a_step_that_waits_unannounced_is_run_as_it_is(monkeypatch):
+    model = Subject("gla").model().cuda()
+    ids = torch.ones(2, 9, dtype=torch.long, device="cuda")
+    arguments = {"max_new_tokens": 8, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    expected = model.generate(ids, do_sample=False, **arguments)
+    norm = model.model.norm.forward
+    monkeypatch.setattr(model.model.norm, "forward", lambda x: norm(x) * float(x.isfinite().all().item()))
+    assert torch.equal(model.generate(ids, do_sample=False, **arguments), expected)
+    assert model.generate(ids, do_sample=True, **arguments).shape == expected.shape  # random numbers still come

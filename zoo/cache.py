@@ -26,11 +26,8 @@ class StateLayer(CacheLayerMixin):
 
     def store(self, state: State, tokens: int) -> None:
         """Keep `state` after `tokens` more columns: in place where shapes allow and no gradient is wanted."""
-        for name, new in state.items():
-            old = None if self.state is None else self.state.get(name)
-            in_place = old is not None and old is not new and old.shape == new.shape and not (new.requires_grad or old.requires_grad)
-            if in_place:
-                state[name] = old.copy_(new)
+        if self.state is not None:
+            state |= {name: put(self.state[name], new) for name, new in state.items() if name in self.state}
         self.state = state
         self.is_initialized = True
         self.seen += tokens
@@ -54,7 +51,7 @@ class StateLayer(CacheLayerMixin):
         raise TypeError("a zoo cache does not prefetch; offload a model with device_map instead")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._map(lambda t: put(t, t.index_select(0, beam_idx.to(t.device))))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda t: t.repeat_interleave(repeats, dim=0))
@@ -71,7 +68,16 @@ class StateLayer(CacheLayerMixin):
 
     def _map(self, function) -> None:
         if self.state is not None:
-            self.state = {name: function(t) for name, t in self.state.items()}
+            changed = {name: function(t) for name, t in self.state.items()}
+            if any(t is not self.state[name] for name, t in changed.items()):
+                self.state = changed
+
+
+def put(old: Tensor, new: Tensor) -> Tensor:
+    """`new`: at the address of `old`, where shapes allow and no gradient is wanted."""
+    if old is new or old.shape != new.shape or new.requires_grad or old.requires_grad:
+        return new
+    return old.copy_(new)
 
 
 class ZooCache(DynamicCache):
@@ -90,7 +96,7 @@ class ZooCache(DynamicCache):
 
     def count(self, tokens: Tensor) -> None:
         """Add to the number of tokens seen, `[B]`."""
-        self.lengths = tokens.clone() if self.lengths is None else self.lengths + tokens
+        self.lengths = tokens.clone() if self.lengths is None else self.lengths.add_(tokens)
 
     def nbytes(self) -> int:
         """Bytes held by all states."""
@@ -102,7 +108,7 @@ class ZooCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
-        self.lengths = self.lengths[beam_idx.to(self.lengths.device)]
+        self.lengths = put(self.lengths, self.lengths[beam_idx.to(self.lengths.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)

@@ -1,5 +1,7 @@
 """The model around the blocks, written once for every architecture."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -18,6 +20,7 @@ from zoo.block import Block
 from zoo.cache import ZooCache, check_cache, room
 from zoo.channel import activation
 from zoo.config import ZooConfig
+from zoo.decode import Steps, obstacle, pieces
 from zoo.entry import Entry
 from zoo.layers import make_norm, token_positions
 from zoo.loss import chunked_cross_entropy
@@ -204,12 +207,15 @@ class ZooGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
     ):
-        if generation_config.use_cache is False or model_kwargs.get("past_key_values") is not None:
+        if generation_config.use_cache is False:
             return
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise ValueError(f"cache_implementation={kind!r} does not suit a zoo model; use 'dynamic' or 'static'")
-        model_kwargs["past_key_values"] = ZooCache(len(self.model.layers), max_cache_length + 1 if kind == "static" else None)
+        if model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = ZooCache(len(self.model.layers), max_cache_length + 1 if kind == "static" else None)
+        if obstacle(self) is None:
+            model_kwargs["steps"] = Steps(self, max_cache_length + 1)
 
 
 class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
@@ -239,18 +245,28 @@ class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool = False,
+        steps: Steps | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Next-token logits, and with `labels` `[B, T]` (-100 ignored, shifted here) the mean cross-entropy.
 
         Args:
-            logits_to_keep: the last so many positions, or indices; 0 keeps all.
+            logits_to_keep: the last so many positions, or indices; 0 keeps all. Into a cache, and without gradients, a long prompt
+                whose last logits are wanted is read in pieces: so the memory that it takes besides does not grow with it.
             skip_logits: return the loss alone, computed in chunks, so that the logits never stand in memory whole.
+            steps: what recorded the decode steps of `past_key_values`, from `generate`.
             The rest as in `ZooModel.forward`.
 
         Raises:
             ValueError: `skip_logits` without labels.
         """
+        others = [inputs_embeds, labels, *_without(kwargs).values(), self.config.output_hidden_states]
+        if input_ids is not None and past_key_values is not None and all(value is None or value is False for value in others):
+            logits = None if steps is None else steps(input_ids, past_key_values)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+            if position_ids is None or attention_mask is not None:
+                input_ids = self._read_ahead(input_ids, attention_mask, past_key_values, logits_to_keep)
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, return_dict=True, **_without(kwargs)
         )
@@ -267,6 +283,21 @@ class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
                 sums = {n: kwargs[n] for n in ("num_items_in_batch", "shift_labels") if n in kwargs}
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocabulary, **sums)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states)
+
+    def step(self, input_ids: Tensor, cache: ZooCache) -> Tensor:
+        """Logits `[B, 1, vocabulary]` after one more token of every row, `[B, 1]`: nothing but work for the device."""
+        out = self.model(input_ids, past_key_values=cache, use_cache=True, return_dict=True)
+        return self._logits(out.last_hidden_state)
+
+    def _read_ahead(self, input_ids: Tensor, attention_mask: Tensor | None, cache: ZooCache, keep: int | Tensor) -> Tensor:
+        """Read all pieces of a long prompt but the last, if the last `keep` logits are all that is wanted: what is left to read."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(keep, int) or keep <= 0:
+            return input_ids
+        length, starts = input_ids.shape[1], pieces(*input_ids.shape, keep, attention_mask)
+        for start, stop in pairwise(starts):
+            mask = None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - length + stop]
+            self.model(input_ids[:, start:stop], mask, past_key_values=cache, use_cache=True)
+        return input_ids[:, starts[-1] :]
 
     def _logits(self, states: Tensor) -> Tensor:
         """The head, with scale and cap where the config asks for them."""

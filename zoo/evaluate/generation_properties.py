@@ -2,9 +2,13 @@
 
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
+from unittest import mock
 
 import torch
 
+from zoo import decode
+from zoo.evaluate import tape
 from zoo.evaluate.closeness import assert_close
 from zoo.evaluate.conformance import LENGTH, refused
 from zoo.evaluate.model_properties import PAD, left_padded, of_models, twice
@@ -134,6 +138,8 @@ def generates_alike_in_every_way(subject: Subject) -> None:
         assert alone[0] == greedy[i], f"row {i} padded on the left continues otherwise than alone"
     assert new(cache_implementation="static") == greedy, "the static cache changes greedy decoding"
     assert new(prefill_chunk_size=4) == greedy, "prefill in chunks changes greedy decoding"
+    with mock.patch.object(decode, "PIECE", 6):
+        assert new() == greedy, "a prompt read in pieces changes greedy decoding"
     assert new(num_beams=3) == new(num_beams=3, use_cache=False), "the cache changes beam search"
     assert new(do_sample=True) == new(do_sample=True, use_cache=False), "the cache changes sampling"
 
@@ -150,3 +156,25 @@ def generates_alike_in_every_way(subject: Subject) -> None:
     recorder = Recorder()
     model.generate(rows[0], streamer=recorder, **common | {"attention_mask": torch.ones_like(rows[0])})
     assert recorder.tokens == [*rows[0][0].tolist(), *greedy[0], "end"], "streaming differs from generating"
+
+
+@of_generators
+def recorded_steps_equal_plain_ones(subject: Subject) -> None:
+    """Greedy, beams and sampling, with padded rows: the same tokens where steps are recorded and replayed, unless a step waits."""
+    model = subject.model()
+    ids, mask = left_padded([subject.tokens(1, length, seed=length) for length in (9, 5)])
+    common = {"attention_mask": mask, "max_new_tokens": 12, "pad_token_id": PAD, "eos_token_id": None}
+    waits = any(getattr(module, "waits_for_device", False) for module in model.modules())
+    grows = any(block.mixer is not None and not block.mixer.traits.constant_state for block in model.model.layers)
+    for way in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True}):
+        written = []
+        for recorded in (False, True):
+            torch.manual_seed(0)
+            with ExitStack() as patched:
+                recorder = mock.Mock(side_effect=tape.record)
+                if recorded:
+                    for name, value in (("DEVICE", "cpu"), ("ROOM", -10), ("record_graph", recorder)):  # room that is used up soon
+                        patched.enter_context(mock.patch.object(decode, name, value))
+                written.append(model.generate(ids, **common | way).tolist())
+        assert written[0] == written[1], f"recorded steps change what is written with {way}"
+        assert (recorder.call_count == 0) if waits else (recorder.call_count > grows), f"{recorder.call_count} recordings with {way}"
