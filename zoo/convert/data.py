@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,6 +83,12 @@ def fingerprint(tokens: Tensor) -> str:
     for part in tokens.split(2**22):
         digest.update(part.int().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def deadline(minutes: float | None) -> Callable[[], bool]:
+    """A question whether so many minutes have passed since now; None: they never have."""
+    start = time.monotonic()
+    return lambda: minutes is not None and time.monotonic() - start >= 60 * minutes
 
 
 # -- what the teacher writes ---------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
 The student lies in the folder like any model: as converted until the last stage has ended, then as trained.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from zoo.auto import from_pretrained
+from zoo.convert.control import CONTROLS
 from zoo.convert.data import fingerprint, read_tokens, rows_of, spread
 from zoo.convert.fit import Fit
 from zoo.convert.headers import blank_teacher
@@ -38,7 +40,9 @@ Say = Callable[[str], None]
 class Job:
     """What was asked: the teacher's folder or Hub id, a settled recipe, files of text (none: Python's help topics), a seed.
 
-    Args: aligned: the finished folder of a conversion that aligned every layer, from whose mixers the student begins; None: none.
+    Args:
+        aligned: the finished folder of a conversion that aligned every layer, from whose mixers the student begins; None: none.
+        control: how the student is made to begin worse, of `zoo.convert.control`; None: not.
     """
 
     teacher: str
@@ -46,11 +50,12 @@ class Job:
     data: tuple[str, ...] = ()
     seed: int = 0
     aligned: str | None = None
+    control: str | None = None
 
     def to_dict(self) -> dict:
-        return {
-            "teacher": self.teacher, "recipe": self.method.to_dict(), "data": list(self.data), "seed": self.seed, "aligned": self.aligned
-        }  # fmt: skip
+        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        named["recipe"] = named.pop("method").to_dict()
+        return named | {"data": list(self.data)}
 
     @property
     def digest(self) -> str:
@@ -82,7 +87,7 @@ def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu",
         rows_of(train, stage.length, "text")
     method, aligned = job.method, open_aligned(job, device)
     kept = choose_layers(teacher, method, train, say, aligned)
-    student = begin(job, teacher, kept) if aligned is None else hybrid(teacher, aligned, kept)
+    student = begin(job, teacher, kept, aligned)
     if lacking := lacks(method, student):
         raise ValueError(f"the recipe {method.name!r} would teach this student nothing: {'; '.join(lacking)}")
     for name in (JOB, PROGRESS, REPORT):  # of what was there before
@@ -94,12 +99,18 @@ def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu",
     say(f"layers {list(kept)} of {len(student.config.plan)} keep attention; the converted student is in {folder}")
 
 
-def begin(job: Job, teacher: nn.Module, kept: Iterable[int]) -> nn.Module:
-    """The student as converted, with attention in the layers `kept`."""
+def begin(job: Job, teacher: nn.Module, kept: Iterable[int], aligned: nn.Module | None = None) -> nn.Module:
+    """The student as it is before any training, with attention in the layers `kept`."""
     method = job.method
     torch.manual_seed(job.seed)
-    return convert(teacher, mixer=method.mixer, keep=kept, window=method.window, sinks=method.sinks, mixer_args=method.mixer_args,
-                   inherit=method.inherit)  # fmt: skip
+    if aligned is not None:
+        student = hybrid(teacher, aligned, kept)
+    else:
+        student = convert(teacher, mixer=method.mixer, keep=kept, window=method.window, sinks=method.sinks, mixer_args=method.mixer_args,
+                          inherit=method.inherit)  # fmt: skip
+    if job.control is not None:
+        CONTROLS[job.control](teacher, student)
+    return student
 
 
 def advance(
@@ -116,7 +127,7 @@ def advance(
         raise ValueError(f"{folder} is finished; its {REPORT} has the results")
     teacher, tokenizer = open_teacher(job.teacher, device)
     train, held_out = read_tokens(job.data, tokenizer, teacher.config.vocab_size)
-    student = from_pretrained(folder, task="causal_lm", dtype=torch.float32).to(device).eval()
+    student = open_student(folder, device)
     fresh = blank_student(teacher, student.config)[1].fresh
     held_out = held_rows(held_out, job)
     done = load(folder, job, train, device)
@@ -193,12 +204,27 @@ def status(folder: str | os.PathLike) -> list[str]:
 # -- its files -----------------------------------------------------------------------------------------------------------
 
 
+def finished(folder: str | os.PathLike) -> Path:
+    """A folder whose conversion has ended; ValueError where it has not, or is none."""
+    folder = Path(folder)
+    read_job(folder)
+    if not (folder / REPORT).is_file() or (folder / PROGRESS).is_file():
+        raise ValueError(f"{folder} is not finished; go on with: resume {folder}")
+    return folder
+
+
+def open_student(folder: Path, device: str) -> nn.Module:
+    """The student of a folder in float32, as far as it is."""
+    return from_pretrained(folder, task="causal_lm", dtype=torch.float32).to(device).eval()
+
+
 def read_job(folder: Path) -> Job:
     """What was asked of this folder."""
     if not (folder / JOB).is_file():
         raise ValueError(f"{folder} has no {JOB}, so it is no conversion; begin one with `run` or `init`")
     content = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    return Job(content["teacher"], read_method(content["recipe"], {}), tuple(content["data"]), content["seed"], content.get("aligned"))
+    method, data = read_method(content.pop("recipe"), {}), tuple(content.pop("data"))
+    return Job(method=method, data=data, **content)
 
 
 def differences(before: Job, now: Job) -> str:
@@ -252,14 +278,13 @@ def open_aligned(job: Job, device: str) -> nn.Module | None:
     """The student to begin from, if there is one; ValueError where it is not finished, or of another teacher or other mixers."""
     if job.aligned is None:
         return None
-    folder, before = Path(job.aligned), read_job(Path(job.aligned))
-    if not (folder / REPORT).is_file() or (folder / PROGRESS).is_file():
-        raise ValueError(f"{folder} is not finished; go on with: resume {folder}")
+    folder = finished(job.aligned)
+    before = read_job(folder)
     old, new = before.to_dict() | before.to_dict()["recipe"], job.to_dict() | job.to_dict()["recipe"]
-    own = ("teacher", "recipe", "data", "seed", "aligned", "name", "title", "paper", "keep", "select", "stages", "needs", "init")
-    if wrong := [name for name in new if (name not in own or name == "teacher") and old.get(name) != new[name]]:
+    fields = ("teacher", "mixer", "mixer_args", "inherit", "window", "sinks", "rope")  # that make the mixers what they are
+    if wrong := [name for name in new if name in fields and old.get(name) != new[name]]:
         raise ValueError(f"{folder} was aligned with {wrong[0]}={old.get(wrong[0])!r}, this conversion asks for {new[wrong[0]]!r}")
-    return from_pretrained(folder, task="causal_lm", dtype=torch.float32).to(device).eval()
+    return open_student(folder, device)
 
 
 def choose_layers(teacher: nn.Module, method: Method, train: Tensor, say: Say, aligned: nn.Module | None = None) -> tuple[int, ...]:

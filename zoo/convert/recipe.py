@@ -25,10 +25,10 @@ LOSSES = {  # what a stage compares -> how
 }
 PARTS = ("mixer", "new", "features", "lora", "all")  # what a stage trains: replaced mixers, what no weight filled, ..., everything
 SCHEDULES = ("cosine", "constant", "stable", "plateau")
-SELECTORS = ("none", "uniform", "window", "recall")  # how the layers that stay are found
+SELECTORS = ("none", "uniform", "window", "recall", "bypass", "swap", "restore")  # how the layers that stay are found
 # what the engine does; the rest is named by `missing`
 RUNS = {"target": ("mixer_out", "logits", "tokens"), "loss": ("rel_mse", "mse", "l2", "cos", "fkl", "rkl", "ce"),
-        "train": ("mixer", "new", "all"), "schedule": ("cosine", "constant"), "select": ("none", "uniform", "window")}  # fmt: skip
+        "train": ("mixer", "new", "all"), "schedule": ("cosine", "constant"), "select": SELECTORS}  # fmt: skip
 
 
 @dataclass(frozen=True)

