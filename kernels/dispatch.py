@@ -24,6 +24,7 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 OPS: dict[str, "Op"] = {}
 _preferred: str = "auto"
+_in_place = False
 
 
 class BackendError(RuntimeError):
@@ -41,6 +42,17 @@ def use_backend(backend: Backend) -> Iterator[None]:
         yield
     finally:
         _preferred = previous
+
+
+@contextmanager
+def states_in_place() -> Iterator[None]:
+    """Within the context a fused step of a single token may write the new state where the old one was, and then returns that tensor."""
+    global _in_place
+    previous, _in_place = _in_place, True
+    try:
+        yield
+    finally:
+        _in_place = previous
 
 
 @dataclass
@@ -62,6 +74,8 @@ class Op:
         packed: `chunked` on a packed row as it lies, `(packing, **tensors, **options)`; without it the row is padded.
         fused: the module with the Triton kernels, imported when they are first used; its function of the operator's name takes
             `(**tensors, **options, packing=packing)`.
+        step: the module with the Triton kernel for a single token, of which nobody wants a gradient; its function of the operator's
+            name takes `(**tensors, **options, into=state or None)`, real tensors only, and has no obstacle.
         complex_kernels: whether the fused kernels take complex tensors too.
         obstacle: `(tensors)` -> why the fused kernels do not take these, or None; float64 and CPUs need not be named.
         opaque: `torch.compile` sees one node (for loops over time); False lets it trace plain torch code and fuse it, for which
@@ -80,6 +94,7 @@ class Op:
     pad_values: dict[str, float] = field(default_factory=dict)
     packed: Callable | None = None
     fused: str = ""
+    step: str = ""
     complex_kernels: bool = False
     obstacle: Callable[[dict[str, Tensor | None]], str | None] = lambda tensors: None
     opaque: bool = True
@@ -100,25 +115,37 @@ class Op:
         """Why `fused` cannot run on these tensors, or None."""
         if not self.fused:
             return "this version has no fused kernel for it"
-        lead = tensors[self.names[0]]
+        return self._unfit(tensors[self.names[0]]) or self.obstacle(tensors)
+
+    def _unfit(self, lead: Tensor) -> str | None:
+        """Why no Triton kernel can run on such tensors, or None."""
         if not HAS_TRITON:
             return "Triton is not installed"
         if lead.device.type != "cuda" and not interpreted():
             return f"the tensors are on {lead.device.type}, and Triton needs a CUDA device (or TRITON_INTERPRET=1 to try it slowly)"
         if lead.dtype not in KERNEL_DTYPES and not (self.complex_kernels and lead.dtype == torch.complex64):
             return f"Triton kernels take float32, bfloat16 and float16, not {lead.dtype}"
-        return self.obstacle(tensors)
+        return None
 
-    def resolve(self, backend: Backend, tensors: dict[str, Tensor | None], length: int) -> str:
+    def steps(self, tensors: dict[str, Tensor | None], packing: Packing | None) -> bool:
+        """Whether `step` can run on these tensors: a single token of which nobody wants a gradient, real numbers all."""
+        lead = tensors[self.names[0]]
+        if not self.step or packing is not None or lead.shape[1] > 1 or self._unfit(lead):
+            return False
+        learning = torch.is_grad_enabled()
+        return not any(t.is_complex() or (learning and t.requires_grad) for t in tensors.values() if t is not None)
+
+    def resolve(self, backend: Backend, tensors: dict[str, Tensor | None], packing: Packing | None = None) -> str:
         """The backend that will run. One asked for by name is never replaced."""
         if backend not in BACKENDS:
             raise ValueError(f"{self.name}: backend {backend!r} is unknown; choose one of {', '.join(BACKENDS)}")
         backend = _preferred if backend == "auto" else backend
-        obstacle = self.fused_obstacle(tensors)
+        obstacle = None if self.steps(tensors, packing) else self.fused_obstacle(tensors)
         if backend == "auto":
-            slow = obstacle or tensors[self.names[0]].device.type == "cpu"  # where Triton would be interpreted
+            lead = tensors[self.names[0]]
+            slow = obstacle or lead.device.type == "cpu"  # where Triton would be interpreted
             slow = slow or (not self.opaque and torch.compiler.is_compiling())
-            return "reference" if length == 1 and self.recurrent else "chunked" if slow else "fused"
+            return "fused" if not slow else "reference" if lead.shape[1] == 1 and self.recurrent else "chunked"
         if backend == "fused" and obstacle:
             raise BackendError(f"{self.name}: fused cannot run: {obstacle}. Use backend='auto' or 'chunked'.")
         return backend
@@ -128,16 +155,20 @@ class Op:
         lead = tensors[self.names[0]]
         if packing is not None:
             packing.check(self.name, self.names[0], lead)
-        backend = self.resolve(backend, tensors, lead.shape[1])
+        backend = self.resolve(backend, tensors, packing)
         if (self.opaque or backend == "fused") and torch.compiler.is_compiling() and backend != "reference":
             cu_seqlens = None if packing is None else packing.cu_seqlens
             return self.custom_op(*(tensors[n] for n in self.names), cu_seqlens, *options.values(), backend)
+        if _in_place and backend == "fused" and self.steps(tensors, packing):
+            return self._step(tensors, options, tensors["state"])
         return self.execute(tensors, options, packing, backend)
 
     # -- running ------------------------------------------------------------------------------------------------------
 
     def execute(self, tensors: dict[str, Tensor | None], options: dict, packing: Packing | None, backend: str):
         """Run one backend, laying a packed row out as that backend wants it."""
+        if backend == "fused" and self.steps(tensors, packing):
+            return self._step(tensors, options, None)
         if backend == "fused":
             return getattr(importlib.import_module(self.fused), self.name)(**tensors, **options, packing=packing)
         run = getattr(self, backend)
@@ -152,6 +183,11 @@ class Op:
         if not self.recurrent and state is not None:
             state = packing.unpad(state)
         return packing.unpad(out), state
+
+    def _step(self, tensors: dict[str, Tensor | None], options: dict, into: Tensor | None):
+        """A single token by its own kernel, which writes the new state to `into` if it can."""
+        into = into if into is not None and into.is_contiguous() else None
+        return getattr(importlib.import_module(self.step), self.name)(**tensors, **options, into=into)
 
     def _cut(self, name: str, tensor: Tensor | None) -> bool:
         return tensor is not None and name in self.along_time and tensor.ndim >= (3 if _differentiable(tensor) else 2)
@@ -233,6 +269,13 @@ class Op:
 
         forward.register_autograd(gradient, setup_context=save)
         return forward
+
+
+def kept(out: Tensor, new: Tensor, state: Tensor) -> Tensor:
+    """The one output of a step whose new state belongs where the old one was."""
+    if new is not state:
+        state.copy_(new)
+    return out.squeeze(1)
 
 
 def interpreted() -> bool:

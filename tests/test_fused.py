@@ -10,6 +10,7 @@ import torch
 from test_ops import _along_time, cast, differentiable, inputs, is_state, poisoned_memory, run  # noqa: F401 (a fixture)
 
 from zoo.evaluate.closeness import assert_close
+from zoo.kernels.dispatch import states_in_place
 from zoo.ops import OPS, Packing, use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -79,6 +80,36 @@ def test_agrees(op, draw, dtype):
 @pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, 3 * CHUNK + 7])
 def test_any_length(op, draw, length):
     compare(op, inputs(draw, 1, length), torch.float32)
+
+
+STEPS = [
+    pytest.param(op, draw, id=f"{op.name}-{case}")
+    for op in OPS.values()
+    for case, draw in op.cases.items()
+    if op.step and not any(v.is_complex() for v in differentiable(inputs(draw, 1, 1)).values())
+]
+
+
+@pytest.mark.parametrize("op, draw", STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_single_token(op, draw, dtype):
+    """By a kernel of its own, which leaves the state that it was given alone, or puts the new one there if it is told to."""
+    given = cast(inputs(draw, 3, 1), dtype)
+    exact, plain = (run(op, cast(given, d), backend="reference") for d in (torch.float64, dtype))
+    given = {n: on_device(v) for n, v in given.items()}
+    before = {n: v.clone() for n, v in given.items() if isinstance(v, torch.Tensor)}
+    strided = {n: v.transpose(0, 1).contiguous().transpose(0, 1) if n in before and v.ndim > 1 else v for n, v in given.items()}
+    with torch.no_grad():
+        result, other, empty = (run(op, own, backend="fused") for own in (given, strided, given | {"state": None}))
+        assert all(torch.equal(given[n], v) for n, v in before.items()), "an input was modified"
+        fresh = run(op, given | {"state": torch.zeros_like(given["state"])}, backend="fused")
+        with states_in_place():
+            again = run(op, given, backend="fused")
+    assert (again[1] is given["state"]) != bool(given.get("normalize")), "sums of weights alone move"
+    for i, (x, p, r) in enumerate(zip(result, plain, exact, strict=True)):
+        assert_close(x.cpu(), p, r, f"output {i}", dtype=dtype)
+    assert all(torch.equal(x, r) for many in (other, again) for x, r in zip(many, result, strict=True))
+    assert all(torch.equal(x, r) for x, r in zip(empty, fresh, strict=True))
 
 
 @every_case

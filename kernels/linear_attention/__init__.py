@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.checks import Shapes, accumulator, float_dtype
-from zoo.kernels.dispatch import Backend, Op
+from zoo.kernels.dispatch import Backend, Op, kept, states_in_place
 from zoo.kernels.linear_attention import chunked, reference
 from zoo.kernels.packing import Packing
 
@@ -93,11 +93,10 @@ def step(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None = None, *, st
     """One token, `[B, H, K]` and `[B, H, V]` -> `[B, H, V]`; `state` `[B, H, K, V]` is updated in place (no gradient)."""
     if log_decay is not None and log_decay.ndim > 1:
         log_decay = log_decay.unsqueeze(1)
-    with torch.no_grad():
-        pair = (x.unsqueeze(1) for x in (q, k, v))
-        out, new = linear_attention(*pair, log_decay, bonus=bonus, state=state, scale=scale, backend="reference")
-        state.copy_(new)
-    return out.squeeze(1)
+    pair = (x.unsqueeze(1) for x in (q, k, v))
+    with torch.no_grad(), states_in_place():
+        out, new = linear_attention(*pair, log_decay, bonus=bonus, state=state, scale=scale)
+    return kept(out, new, state)
 
 
 def summarize(k: Tensor, v: Tensor, log_decay: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -167,6 +166,7 @@ OP = Op(
     along_time=("q", "k", "v", "log_decay", "value_log_decay"),
     meta=_meta,
     fused="zoo.kernels.linear_attention.fused",
+    step="zoo.kernels.fused_step",
     obstacle=_obstacle,
     cases={
         "plain": _case(),
