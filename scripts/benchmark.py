@@ -4,6 +4,8 @@ python scripts/benchmark.py kernels               # on this CPU: every operator 
 python scripts/benchmark.py gpu --warm            # every operator and backend against the other libraries that are installed
 python scripts/benchmark.py gpu --cases "decay by token" --peers fla --output results
 python scripts/benchmark.py train                 # tokens per second that models learn from, beside others of the same size
+python scripts/benchmark.py decode                # tokens per second that models write behind prompts
+python scripts/benchmark.py prefill               # tokens per second that they read, up to a million
 python scripts/benchmark.py merge FOLDER ... -o FOLDER   # several runs on one page
 python scripts/benchmark.py loading               # resident memory at its most while checkpoints are loaded
 
@@ -27,7 +29,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from zoo.evaluate.bench import report, throughput
+from zoo.evaluate.bench import decoding, report, throughput
 from zoo.evaluate.bench.backends import compare
 from zoo.evaluate.bench.case import chosen, lift_guard
 from zoo.evaluate.bench.measure import Clock, contenders, measure
@@ -96,11 +98,42 @@ def train(args: argparse.Namespace) -> None:
     print(f"\n{throughput.table(rows)}")
 
 
+def decode(args: argparse.Namespace) -> None:
+    """Tokens per second that models write behind prompts, and how long the first takes, beside others of the same size."""
+    serve(args, decoding.save, args.tokens, launched=args.launched)
+
+
+def prefill(args: argparse.Namespace) -> None:
+    """Tokens per second that models read of prompts of many lengths, beside others of the same size."""
+    serve(args, decoding.save_reading, tokens=1)
+
+
+def serve(args: argparse.Namespace, save, tokens: int, launched: bool = False) -> None:
+    """Prompts of all lengths for one model after another."""
+    clock, rows = Clock(args.device), []
+    results = started_here(args, bandwidth=clock.rate)
+    for who in decoding.contenders(args.models, peers=clock.cuda and args.peers != ["none"], launched=launched):
+        for row in decoding.serve(who, clock, args.contexts, args.batches, getattr(torch, args.dtype), tokens):
+            rows.append(row)
+            results["rows"].append(dataclasses.asdict(row))
+            print(f"{row.case}, {row.library}: {row.note or f'{row.written or row.read:,.0f} tokens/s'}", flush=True)
+            if args.output:  # as far as it has come, should the time run out
+                save(args.output, results, picture=False)
+        clock.clean()
+    if args.output:
+        save(args.output, results)
+    print(f"\n{decoding.table(rows)}")
+
+
 def merge(args: argparse.Namespace) -> None:
     """Make one page of several runs' results on one machine; a case that was measured again counts as it was last. Draw pictures."""
-    kinds = (("operators", "case", report.operators), ("training", "model", throughput.save))
+    kinds = (
+        ("operators", "case", report.operators), ("training", "model", throughput.save), ("decoding", "case", decoding.save),
+        ("reading", "case", decoding.save_reading),
+    )  # fmt: skip
     if not any((folder / f"{name}.json").exists() for folder in args.folders for name, *_ in kinds):
-        raise ValueError(f"neither operators.json nor training.json in {', '.join(map(str, args.folders))}")
+        names = " or ".join(f"{name}.json" for name, *_ in kinds)
+        raise ValueError(f"no {names} in {', '.join(map(str, args.folders))}")
     for name, key, save in kinds:
         if files := [path for folder in args.folders if (path := folder / f"{name}.json").exists()]:
             print(f"wrote {', '.join(map(str, save(args.output, report.merge(files, key))))}")
@@ -174,11 +207,19 @@ def parser() -> argparse.ArgumentParser:
     training.add_argument("--length", type=int, default=2048)
     training.add_argument("--steps", type=int, default=5, help="to take the median of (default: 5)")
     training.add_argument("--checkpointing", action="store_true", help="with gradient checkpointing")
-    for one in (whole_gpu, training):
+    writing, reading = add(decode, "folder for decoding.json, .md and .png"), add(prefill, "folder for reading.json, .md and .png")
+    for one, contexts in ((writing, [2**10, 2**13, 2**16]), (reading, [2**10, 2**13, 2**16, 2**18, 2**20])):
+        one.add_argument("--models", nargs="*", default=list(decoding.MODELS), help="presets of zoo.list_presets()")
+        one.add_argument("--contexts", nargs="*", type=int, default=contexts, help="tokens of the prompts, rising")
+        one.add_argument("--batches", nargs="*", type=int, default=[1], help="numbers of prompts (default: 1)")
+    writing.add_argument("--tokens", type=int, default=128, help="to write (default: 128)")
+    writing.add_argument("--launched", action="store_true", help="ours also with steps that are not recorded")
+    for one in (whole_gpu, training, writing, reading):
         one.add_argument("--dtype", choices=DTYPES, default="bfloat16")
         one.add_argument("--peers", nargs="*", help="other libraries' names, or none (default: all that are installed)")
+    for one in (whole_gpu, training):
         one.add_argument("--unguarded", action="store_true", help="run what fla refuses to on this GPU, and time what is wrong too")
-    for one, device in ((kernel, "cpu"), (whole_gpu, "cuda"), (training, "cuda")):
+    for one, device in ((kernel, "cpu"), *((other, "cuda") for other in (whole_gpu, training, writing, reading))):
         one.add_argument("--device", default=device, help=f"(default: {device})")
     merging = add(merge, "folder for what comes of it", required=True)
     merging.add_argument("folders", nargs="+", type=Path, help="of earlier runs, the oldest first")

@@ -10,8 +10,8 @@ from torch import nn
 
 import zoo
 from zoo.__main__ import main
+from zoo.evaluate.bench import decoding, report, throughput
 from zoo.evaluate.bench import measure as measuring
-from zoo.evaluate.bench import report, throughput
 from zoo.evaluate.bench.case import Case, Peer, all_cases, chosen
 from zoo.evaluate.bench.measure import Clock, Row, contenders, measure
 
@@ -193,6 +193,60 @@ def test_training_is_benchmarked_by_command(tmp_path, capsys):
     assert all(row["tokens_per_second"] > 0 and abs(row["loss"] - math.log(256)) < 0.5 and not row["note"] for row in rows)
     assert 0.5 < rows[0]["parameters"] / rows[2]["parameters"] < 2
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+
+
+SERVED = ["--device", "cpu", "--dtype", "float32", "--models", "gla-tiny", "mamba2-tiny", "--contexts", "8", "16"]
+
+
+def test_decoding_is_benchmarked_by_command(tmp_path, capsys):
+    assert main(["bench", "decode", *SERVED, "--batches", "2", "--tokens", "6", "--launched", "-o", str(tmp_path)]) == 0
+    results, text = json.loads((tmp_path / "decoding.json").read_text()), (tmp_path / "decoding.md").read_text()
+    rows = [decoding.Row(**row) for row in results["rows"]]
+    assert [(row.library, row.batch, row.context) for row in rows[:4]] == [
+        (library, 2, context) for library in ("zoo", decoding.LAUNCHED) for context in (8, 16)
+    ]
+    assert all(row.first and row.ready and row.step and row.floor and not row.note and row.parameters for row in rows)
+    assert capsys.readouterr().out.count("tokens/s") > len(rows) and "of the floor" in text and "2 x 16" in text
+    assert (tmp_path / "decoding.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reading_is_benchmarked_by_command_and_merged(tmp_path):
+    for name in ("a", "b"):
+        assert main(["bench", "prefill", *SERVED, "-o", str(tmp_path / name)]) == 0
+    assert main(["bench", "merge", str(tmp_path / "a"), str(tmp_path / "b"), "-o", str(tmp_path / "all")]) == 0
+    results = json.loads((tmp_path / "all" / "reading.json").read_text())
+    rows = [decoding.Row(**row) for row in results["rows"]]
+    assert len(rows) == 4 and len(results["runs"]) == 2 and all(row.read and row.step is None for row in rows)
+    assert (tmp_path / "all" / "reading.png").exists()
+
+
+def test_others_are_served_as_ours_are():
+    names = ["mamba-tiny", "gated_deltanet-tiny"]
+    *ours, _, compiled = decoding.contenders(names, peers=True, launched=True)
+    assert [(who.name, who.library) for who in ours if who.library in ("zoo", "transformers")] == [
+        ("mamba-tiny", "zoo"), ("mamba-tiny", "transformers"), ("gated_deltanet-tiny", "zoo"), (compiled.name, "transformers")
+    ]  # fmt: skip
+    assert [who.library for who in ours if who.name == "gated_deltanet-tiny"][:2] == ["zoo", decoding.LAUNCHED]
+    for who in (ours[0], ours[2], compiled):
+        for row in decoding.serve(who, CLOCK, [4, 9], [2], torch.float32, 4):
+            assert not row.note and row.written and row.read
+    model = zoo.from_config("gla-tiny")
+    weights = sum(p.nbytes for p in model.parameters())
+    assert decoding.step_bytes(model) == weights - model.lm_head.weight.nbytes
+    model.lm_head.weight = model.model.embed_tokens.weight
+    assert decoding.step_bytes(model) == weights - model.lm_head.weight.nbytes
+
+
+def test_what_fails_to_be_served_is_noted_and_what_takes_too_long_is_left_out(monkeypatch):
+    def refuse() -> nn.Module:
+        raise RuntimeError("no room")
+
+    given = CLOCK, [4, 8, 16], [1], torch.float32, 2
+    (row,) = decoding.serve(throughput.Contender("broken", "zoo", refuse, {}), *given)
+    assert row.note == "RuntimeError: no room" and row.written is row.read is None and row.note in decoding.table([row])
+    monkeypatch.setattr(decoding, "PATIENCE", 0.0)
+    (row,) = decoding.serve(throughput.Contender("slow", "zoo", lambda: zoo.from_config("gla-tiny"), {}), *given)
+    assert row.context == 4 and row.written
 
 
 def test_a_model_that_diverges_has_no_speed():
