@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.checks import Shapes, float_dtype
-from zoo.kernels.dispatch import Backend, Op
+from zoo.kernels.dispatch import Backend, Op, kept, states_in_place
 from zoo.kernels.packing import Packing
 from zoo.kernels.scan import chunked, reference
 from zoo.kernels.scan.reference import carried_dtype
@@ -82,11 +82,10 @@ def selective_scan(
 
 def selective_step(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, *, state: Tensor, D: Tensor | None = None) -> Tensor:
     """One token: x, dt `[B, D]`, B, C `[B, G, N]` or `[B, N]` -> y `[B, D]`; `state` `[B, D, N]` is updated in place (no gradient)."""
-    with torch.no_grad():
-        x, dt, B, C = (t.unsqueeze(1) for t in (x, dt, B, C))
-        out, new = selective_scan(x, dt, A, B, C, D=D, state=state, backend="reference")
-        state.copy_(new)
-    return out.squeeze(1)
+    x, dt, B, C = (t.unsqueeze(1) for t in (x, dt, B, C))
+    with torch.no_grad(), states_in_place():
+        out, new = selective_scan(x, dt, A, B, C, D=D, state=state)
+    return kept(out, new, state)
 
 
 def selective_summarize(x: Tensor, dt: Tensor, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,6 +140,7 @@ OP = Op(
     options={},
     along_time=("x", "dt", "B", "C"),
     meta=_meta,
+    step="zoo.kernels.scan.fused_step",
     cases={
         "plain": _case(groups=None, skip=False),
         "skip": _case(groups=1),

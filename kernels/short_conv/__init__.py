@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.checks import Shapes, float_dtype
-from zoo.kernels.dispatch import Backend, Op
+from zoo.kernels.dispatch import Backend, Op, kept
 from zoo.kernels.packing import Packing
 from zoo.kernels.short_conv import chunked, reference
 
@@ -70,8 +70,7 @@ def step(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: Tensor
     """One token, `[B, D]` -> `[B, D]`; `state` `[B, W - 1, D]` is updated in place (no gradient)."""
     with torch.no_grad():
         out, new = short_conv(x.unsqueeze(1), weight, bias, activation=activation, state=state)
-        state.copy_(new)
-    return out.squeeze(1)
+    return kept(out, new, state)
 
 
 def flops(length: int, width: int, channels: int) -> int:
