@@ -1,5 +1,6 @@
 """The model around the blocks, written once for every architecture."""
 
+from contextlib import nullcontext
 from itertools import pairwise
 
 import torch
@@ -22,6 +23,7 @@ from zoo.channel import activation
 from zoo.config import ZooConfig
 from zoo.decode import Steps, obstacle, pieces
 from zoo.entry import Entry
+from zoo.kernels.dispatch import states_in_place
 from zoo.layers import make_norm, token_positions
 from zoo.loss import chunked_cross_entropy
 from zoo.mixer import Layer
@@ -149,13 +151,14 @@ class ZooModel(ZooPreTrainedModel):
         x = self._position(entry.enter(x), entry, cache)
 
         hidden, carry = [], None
-        for index, block in enumerate(self.layers):
-            if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
-                hidden.append(entry.leave(x))
-            state = None if cache is None else room(cache.layers[index].state, block, cache, batch, x.dtype, x.device)
-            x, state, carry = block(x, state, entry.packing, carry)
-            if cache is not None:
-                cache.layers[index].store(state, length)
+        with nullcontext() if cache is None or torch.compiler.is_compiling() else states_in_place():
+            for index, block in enumerate(self.layers):
+                if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
+                    hidden.append(entry.leave(x))
+                state = None if cache is None else room(cache.layers[index].state, block, cache, batch, x.dtype, x.device)
+                x, state, carry = block(x, state, entry.packing, carry)
+                if cache is not None:
+                    cache.layers[index].store(state, length)
         x = self.norm(x)
         pooled = None if self.pooler is None else self.pooler(entry.ends(x, last=self.config.causal))
         x = entry.leave(x)
