@@ -1,5 +1,6 @@
 """The stages of a conversion: what they compare, which weights they move, and that a stage goes on where it was left."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -7,19 +8,47 @@ import torch
 from torch.nn import functional as F
 
 import zoo
+from zoo import registry
 from zoo.convert import convert
-from zoo.convert.fit import Fit, order, pace, trained
+from zoo.convert.fit import Fit, order, pace, plateau
+from zoo.convert.maps import READ, operators_seen, weights_of
 from zoo.convert.objectives import ERRORS, divergence
 from zoo.convert.recipe import Stage
+from zoo.convert.trainable import count_trained, trained
 from zoo.evaluate.closeness import assert_close
+from zoo.ops import OPS
 
-FITS = [
-    ("mixer_out", "l2", "mixer"),
-    ("mixer_out", "cos", "mixer"),
-    ("logits", "fkl", "all"),
-    ("logits", "rkl", "new"),
-    ("tokens", "ce", "all"),
-]
+HEDGEHOG = {"mixer": "linear_attention", "mixer_args": {"feature_map": "paired_softmax"}}
+FITS = {  # name -> fields of the stage, and of the conversion
+    "l2": ({"loss": "l2"}, {}),
+    "cosine": ({"loss": "cos", "schedule": "linear"}, {}),
+    "blocks": ({"target": "block_out", "loss": "rel_mse", "train": "mixer+mlp", "schedule": "stable"}, {}),
+    "pairs": ({"target": "block_out", "loss": "mse", "scope": 2}, {}),
+    "whole": ({"target": "block_out", "loss": "cos", "scope": "model", "train": "mixer+attention+norms"}, {}),
+    "student-forced": ({"loss": "mse", "inputs": "student", "scope": "model", "schedule": "plateau"}, {}),
+    "step-by-step": ({"loss": "rel_mse", "inputs": "student"}, {}),
+    "maps": ({"target": "attention_map", "loss": "xent", "train": "features"}, HEDGEHOG),
+    "matrices": ({"target": "attention_map", "loss": "frobenius"}, {}),
+    "carried": ({"loss": "l2", "scope": "model"}, {"mixer": "qrwkv7", "inherit": ["num_kv_heads", "rope_theta", "qkv_bias"]}),
+    "divergence": ({"target": "logits", "loss": "fkl", "train": "all"}, {}),
+    "reverse": ({"target": "logits", "loss": "rkl", "train": "new"}, {}),
+    "both": ({"target": "logits", "loss": "ce+fkl", "train": "mixer+attention+norms+embeddings", "kl_weight": 0.5}, {}),
+    "untied": ({"target": "logits", "loss": "fkl", "train": "all", "untie": True}, {"tied": True}),
+    "adapters": ({"target": "tokens", "loss": "ce", "train": "lora", "lora_rank": 2}, {}),
+    "some-adapters": (
+        {
+            "target": "logits",
+            "loss": "fkl",
+            "train": "lora+new",
+            "lora_rank": 2,
+            "lora_alpha": 8.0,
+            "lora_targets": ["q_proj", "channel_mixer.up_proj"],
+        },
+        {"tied": True},
+    ),
+    "tokens": ({"target": "tokens", "loss": "ce", "train": "all"}, {}),
+}
+each = pytest.mark.parametrize("name", FITS)
 
 
 def make_teacher(**fields):
@@ -36,44 +65,115 @@ def tokens(rows: int = 4, length: int = 24) -> torch.Tensor:
     return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(2))
 
 
-def make_fit(target: str, loss: str, train: str, steps: int = 6, mixer: str = "gla", **fields) -> Fit:
-    teacher = make_teacher()
+def fit_of(name: str, steps: int = 6, **changes) -> Fit:
+    fields, conversion = FITS[name]
+    return make_fit(steps=steps, **conversion, **fields | changes)
+
+
+def make_fit(
+    target: str = "mixer_out", loss: str = "mse", train: str = "mixer", steps: int = 6, mixer: str = "gla", mixer_args: dict | None = None,
+    inherit: tuple = (), tied: bool = False, **fields,
+) -> Fit:  # fmt: skip
+    teacher = make_teacher(tie_word_embeddings=tied, qkv_bias=bool(inherit))
     torch.manual_seed(3)
-    student = convert(teacher, mixer=mixer, keep=[1], window=None, **fields)
+    student = convert(teacher, mixer=mixer, keep=[1], window=None, mixer_args=mixer_args, inherit=inherit)
     fresh = {name for name, _ in student.named_parameters() if ".0.mixer.decay" in name or ".2.mixer.norm" in name}
-    stage = Stage("s", target, loss, train, tokens=steps * 48, length=24, batch=2, learning_rate=3e-3, warmup=0.1)
+    given = {"learning_rate": 3e-3, "warmup": 0.1} | fields
+    stage = Stage("s", target, loss, train, tokens=steps * 48, length=24, batch=2, **given)
     return Fit(teacher, student, tokens(), stage, fresh=fresh, seed=5)
 
 
-@pytest.mark.parametrize(("target", "loss", "train"), FITS)
-def test_a_stage_lowers_its_loss_and_moves_what_it_names(target, loss, train):
-    fit = make_fit(target, loss, train, steps=12)
+@each
+def test_a_stage_lowers_its_loss_and_moves_what_it_names(name):
+    fit = fit_of(name, steps=12)
     before = {name: p.clone() for name, p in fit.student.named_parameters()}
+    assert set(fit.names) == set(trained(fit.student, fit.stage, set(fit.names)))
     fit.run()
     assert len(fit.history) == 12 and fit.done
     assert sum(map(sum, fit.history[-3:])) < sum(map(sum, fit.history[:3]))
     moved = {name for name, p in fit.student.named_parameters() if not torch.equal(p, before[name])}
-    assert moved == set(fit.names) == set(trained(fit.student, fit.stage, set(fit.names)))
-    assert {name.split(".")[2] for name in moved if ".mixer." in name} == ({"0", "2"} if train != "all" else {"0", "1", "2"})
+    read = fit.stage.target == "attention_map"  # weights are compared, not what is read with them
+    assert moved == {name for name in fit.names if not (read and any(part in name for part in ("v_proj", "out_proj", "gate_proj", "norm")))}
     assert all(p.requires_grad and p.grad is None for p in fit.student.parameters())
-    assert not any(block.mixer._forward_hooks for block in fit.teacher.model.layers)
+    assert not any(block.mixer._forward_hooks for model in (fit.teacher, fit.student) for block in model.model.layers)
+    fit.close()
+    plain = make_fit(**FITS[name][1]).student
+    assert fit.student.state_dict().keys() == plain.state_dict().keys() and fit.student.config.to_dict() == plain.config.to_dict()
 
 
-@pytest.mark.parametrize(("target", "loss", "train"), FITS)
-def test_a_stage_goes_on_where_it_was_left(target, loss, train, tmp_path):
-    whole = make_fit(target, loss, train)
+@each
+def test_a_stage_goes_on_where_it_was_left(name, tmp_path):
+    whole = fit_of(name)
     whole.run()
-    first = make_fit(target, loss, train)
+    first = fit_of(name)
     first.run(after=lambda fit: len(fit.history) == 2)
     assert not first.done
     torch.save({"weights": first.student.state_dict(), "state": first.state()}, tmp_path / "left.pt")
     left = torch.load(tmp_path / "left.pt", weights_only=True)
-    second = make_fit(target, loss, train)
+    second = fit_of(name)
     second.student.load_state_dict(left["weights"])
     second.load(left["state"])
     assert second.run() == whole.history
+    for fit in (whole, second):
+        fit.close()
     for name, weight in second.student.state_dict().items():
         assert torch.equal(weight, whole.student.state_dict()[name]), name
+
+
+def test_adapters_are_merged():
+    fit = fit_of("adapters")
+    fit.run()
+    before = fit.student(tokens()).logits
+    exact = copy.deepcopy(fit.student).double()(tokens()).logits
+    fit.close()
+    assert_close(fit.student(tokens()).logits, before, exact, "adapters merged")
+    assert {name.split(".")[2] for name in fit.names} == {"0", "2"}, "adapters outside the replaced layers"
+    assert {name.split(".lora_")[0].rsplit(".")[-1] for name in fit.names} == set(registry.get("gla").mixer.lora_targets)
+
+
+def test_an_untied_head_is_dropped_for_the_embedding():
+    fit = fit_of("untied")
+    assert count_trained(make_fit(tied=True).student, fit.stage, set()) == sum(p.numel() for p in fit.parameters.values())
+    fit.run()
+    assert not torch.equal(fit.student.lm_head.weight, fit.student.model.embed_tokens.weight)
+    fit.close()
+    assert fit.student.lm_head.weight is fit.student.model.embed_tokens.weight and fit.student.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("mixer", ["transformer", "linear_attention", "gla", "retnet", "delta_net"])
+def test_weights_are_what_the_output_is_made_with(mixer):
+    layer = make_teacher().model.layers[0].mixer if mixer == "transformer" else make_fit(mixer=mixer).student.model.layers[0].mixer
+    x = torch.randn(2, 10, 32, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        weights = weights_of(layer, lambda: layer(x))
+    assert not any("execute" in op.__dict__ for op in OPS.values())
+    assert weights.shape == (2, 4, 10, 10) and torch.equal(weights, weights.tril())
+    if mixer in ("transformer", "linear_attention"):
+        assert (weights.sum(-1) - 1).abs().max() < 1e-5
+    found = []
+    with torch.no_grad(), operators_seen(lambda op, tensors, options: found.append((op, tensors, options))):
+        layer(x)
+    op, inputs, options = next(each for each in found if each[0].name in READ)
+    with torch.no_grad():
+        o, _ = op.execute(inputs, options, None, "reference")
+        wide = {name: t if t is None or not t.is_floating_point() else t.double() for name, t in inputs.items()}
+        exact, _ = op.execute(wide, options, None, "reference")
+    v = inputs["v"].repeat_interleave(4 // inputs["v"].shape[2], dim=2)
+    assert_close(torch.einsum("bhtj,bjhv->bthv", weights, v), o, exact, f"weights of {mixer} times values")
+
+
+def test_maps_that_cannot_be_compared_are_refused():
+    with pytest.raises(ValueError, match="do not sum to one"):
+        make_fit("attention_map", "xent").run()
+    with pytest.raises(ValueError, match=r"GSAMixer has no one set of weights.*calls 2 of the operators"):
+        make_fit("attention_map", "frobenius", mixer="gsa", mixer_args={"num_slots": 4}).run()
+    with pytest.raises(ValueError, match="finds no weight in this student"):
+        make_fit(train="features")
+    with pytest.raises(ValueError, match="has none"):
+        fit = make_fit()
+        Fit(fit.teacher, convert(fit.teacher, mixer="gla", keep=range(3)), fit.rows, fit.stage)
+    with pytest.raises(ValueError, match="swallows small updates"):
+        Fit(fit.teacher, convert(fit.teacher.bfloat16(), mixer="gla"), fit.rows, fit.stage)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -102,15 +202,15 @@ def test_divergence_in_chunks_is_the_plain_one(reverse):
         assert (ours - plain).abs().max() < 1e-4 * plain.abs().max()
 
 
-@pytest.mark.parametrize(("target", "loss"), [("mixer_out", "mse"), ("logits", "fkl"), ("tokens", "ce")])
+@pytest.mark.parametrize(("target", "loss"), [("mixer_out", "mse"), ("block_out", "mse"), ("logits", "fkl"), ("tokens", "ce")])
 def test_a_batch_in_several_passes_is_the_batch(target, loss):
-    whole, parts = make_fit(target, loss, "mixer"), make_fit(target, loss, "mixer")
+    whole, parts = make_fit(target, loss), make_fit(target, loss)
     parts.stage = replace(parts.stage, accumulate=2)
     for fit in (whole, parts):
         fit.optimizer = torch.optim.SGD([{"params": fit.optimizer.param_groups[0]["params"], "pace": 1.0}], lr=1.0)
         fit.run(after=lambda fit: len(fit.history) == 1)
     assert parts.history[0] == pytest.approx(whole.history[0], rel=1e-5)
-    before = dict(make_fit(target, loss, "mixer").student.named_parameters())
+    before = dict(make_fit(target, loss).student.named_parameters())
     for name, p in whole.student.named_parameters():
         moved = (p - before[name]).abs().max()
         assert (dict(parts.student.named_parameters())[name] - p).abs().max() <= 1e-4 * moved, name
@@ -159,12 +259,21 @@ def test_the_rate_rises_and_falls():
     assert rates[0] < 0.1 and max(rates) == rates[10] == 1.0 and rates[-1] == pytest.approx(0.01, abs=2e-3)
     flat = Stage("s", "logits", "fkl", "all", tokens=1, schedule="constant", warmup=0.1)
     assert {pace(step / 100, 1 / 100, flat) for step in range(10, 100)} == {1.0}
+    line = replace(stage, schedule="linear")
+    assert pace(0.55, 0.01, line) == pytest.approx((1 + 0.01) / 2) and pace(0.1, 0.01, line) == 1.0
+    stable = replace(stage, schedule="stable")
+    assert {pace(step / 100, 1 / 100, stable) for step in range(10, 91)} == {1.0} and pace(0.95, 0.01, stable) == pytest.approx(0.505)
+
+
+def test_a_plateau_lowers_the_rate():
+    falling, flat = [[1.0 / (step + 1)] for step in range(50)], [[1.0]] * 50
+    assert plateau(falling, 50) == 1.0 and plateau([], 50) == 1.0
+    assert [plateau(flat[:steps], 50) for steps in (11, 12, 22, 23)] == [1.0, 0.1, 0.1, pytest.approx(0.01)]
+    assert plateau(flat, 5000) == 1.0, "a hundredth of the steps is one reading"
 
 
 def test_what_the_engine_lacks_is_refused():
-    with pytest.raises(ValueError, match="cannot be run yet: stage 's': target 'block_out'"):
-        make_fit("block_out", "l2", "mixer")
-    with pytest.raises(ValueError, match="0 weights to train"):
+    with pytest.raises(ValueError, match="finds no weight"):
         fit = make_fit("logits", "fkl", "new")
         Fit(fit.teacher, fit.student, fit.rows, fit.stage)
 

@@ -11,42 +11,46 @@ from zoo import registry
 from zoo.convert import objectives
 from zoo.convert.recipe import Stage
 from zoo.convert.student import converted_layers
+from zoo.convert.trainable import Loan, trained
+
+WINDOWS, PATIENCE = 100, 10  # of `plateau`: into how many parts a stage is cut, and how many may pass without a better one
 
 
-class Fit:
-    """Trains `student` as `stage` says; built anew and given `load`, it goes on where another left off, to the same weights.
+class Steps:
+    """The steps of a stage on some parameters; built anew and given `load`, they go on where others left off, to the same weights.
 
     Args:
-        teacher, student: zoo language models on one device; the student in float32, as its updates are small.
-        rows: `[N, T]` token ids; a step takes `stage.batch` of them, in a new random order after each round.
-        fresh: names of the student's weights that nothing has filled, for `train: new`.
+        module: what the parameters are of; parameters: name -> those to train, in float32, as their updates are small.
+        objective: rows -> losses, leaving gradients.
+        rows: `[N, T, ...]`; a step takes `stage.batch` of them, in a new random order after each round.
+        what: names of the losses. alone: beginnings of the names of parameters that learn, and are clipped, by themselves.
+        paces: parameter -> how many times faster than others it learns.
 
     Raises:
-        ValueError: nothing to train, or no text, or a stage that the engine lacks.
+        ValueError: nothing to train, no text, or parameters in half precision.
     """
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, rows: Tensor, stage: Stage, *, fresh: set[str] | None = None, seed: int = 0):
-        if lacking := stage.missing():
-            raise ValueError(f"cannot be run yet: {', '.join(lacking)}")
-        self.teacher, self.student, self.rows, self.stage, self.seed = teacher, student, rows, stage, seed
-        self.layers, self.history, self.steps = converted_layers(student), [], stage.steps
-        self.names = trained(student, stage, fresh or set())
-        if not self.names or not len(rows):
+    def __init__(
+        self, module: nn.Module, parameters: dict[str, nn.Parameter], objective: Callable[[Tensor], list[float]], rows: Tensor,
+        stage: Stage, *, what: list[str], alone: tuple[str, ...] = ("",), paces: dict[nn.Parameter, float] | None = None, seed: int = 0,
+    ):  # fmt: skip
+        self.module, self.parameters, self.objective, self.rows, self.stage, self.seed = module, parameters, objective, rows, stage, seed
+        self.what, self.alone, self.history, self.steps = what, alone, [], stage.steps
+        if not parameters or not len(rows):
             raise ValueError(
-                f"nothing to align: {len(self.layers)} replaced layers, {len(self.names)} weights to train, {len(rows)} rows of text; "
-                "each must be at least one"
+                f"nothing to train in stage {stage.name!r}: {len(parameters)} weights, {len(rows)} rows of text; each must be at least one"
             )
-        groups = [{"params": some, "pace": pace} for pace, some in self._paces().items() if some]
-        self.optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, weight_decay=stage.weight_decay)
-        by_layer = stage.target == "mixer_out"
-        self.objective = (
-            objectives.mixer_outputs(self.layers, stage.loss)
-            if by_layer
-            else {"logits": objectives.logits, "tokens": objectives.tokens}[stage.target](stage.loss)
-        )
-        self.what = [f"layer {index}" for index in self.layers] if by_layer else [f"stage {stage.name!r}"]
+        if coarse := [name for name, p in parameters.items() if p.dtype.itemsize < 4]:
+            raise ValueError(f"{coarse[0]} is in {parameters[coarse[0]].dtype}, which swallows small updates; load the student in float32")
+        groups: dict[float, list[nn.Parameter]] = {}
+        for p in parameters.values():
+            groups.setdefault((paces or {}).get(p, 1.0), []).append(p)
+        self.optimizer = torch.optim.AdamW(
+            [{"params": some, "pace": pace} for pace, some in sorted(groups.items())], lr=stage.learning_rate, betas=stage.betas,
+            weight_decay=stage.weight_decay,
+        )  # fmt: skip
 
-    def run(self, label: str | None = None, after: Callable[["Fit"], bool] | None = None) -> list[list[float]]:
+    def run(self, label: str | None = None, after: Callable[["Steps"], bool] | None = None) -> list[list[float]]:
         """Take the steps that are left.
 
         Args:
@@ -59,22 +63,22 @@ class Fit:
         Raises:
             FloatingPointError: a loss that is not finite; what it is of is named, and that step is not taken.
         """
-        flags = {p: p.requires_grad for p in self.student.parameters()}
-        own = dict(self.student.named_parameters())
-        for name, p in own.items():
-            p.requires_grad_(name in self.names)
-        per_step = self.stage.batch * self.rows.shape[1]
+        flags = {p: p.requires_grad for p in self.module.parameters()}
+        chosen = set(self.parameters.values())
+        for p in flags:
+            p.requires_grad_(p in chosen)
+        per_step, device = self.stage.batch * self.rows.shape[1], next(iter(chosen)).device
         progress = tqdm(total=self.steps * per_step, initial=len(self.history) * per_step, desc=label, unit="tok",
                         disable=label is None, mininterval=1.0)  # fmt: skip
         try:
             for step, picked in enumerate(order(len(self.rows), self.stage.batch, self.steps, self.seed)):
                 if step < len(self.history):
                     continue
-                passes = self.rows[picked].to(self.student.device).long().chunk(self.stage.accumulate)
-                each = [self.objective(self.teacher, self.student, ids) for ids in passes]
+                passes = self.rows[picked].to(device).chunk(self.stage.accumulate)
+                each = [self.objective(rows) for rows in passes]
                 losses = [sum(some) / len(passes) for some in zip(*each, strict=True)]
                 self._check(losses)
-                self._update(step, {name: own[name] for name in self.names})
+                self._update(step)
                 self.history.append(losses)
                 progress.update(per_step)
                 progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
@@ -88,7 +92,7 @@ class Fit:
         return self.history
 
     def state(self) -> dict:
-        """What `load` needs, but for the student's weights."""
+        """What `load` needs, but for the weights."""
         return {"optimizer": self.optimizer.state_dict(), "history": self.history}
 
     def load(self, state: dict) -> None:
@@ -99,32 +103,20 @@ class Fit:
     def done(self) -> bool:
         return len(self.history) >= self.steps
 
-    def _update(self, step: int, parameters: dict[str, nn.Parameter]) -> None:
+    def _update(self, step: int) -> None:
         stage = self.stage
-        for p in parameters.values():
+        for p in self.parameters.values():
             if p.grad is not None and stage.accumulate > 1:
                 p.grad /= stage.accumulate
-        by_layer = stage.target == "mixer_out"  # what learns by itself is clipped by itself
-        for prefix in [f"model.layers.{index}." for index in self.layers] if by_layer else [""]:
-            nn.utils.clip_grad_norm_([p for name, p in parameters.items() if name.startswith(prefix)], stage.clip)
+        for prefix in self.alone:
+            nn.utils.clip_grad_norm_([p for name, p in self.parameters.items() if name.startswith(prefix)], stage.clip)
         share = pace(step / self.steps, 1 / self.steps, stage)
+        if stage.schedule == "plateau":
+            share *= plateau(self.history, self.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = share * group["pace"] * stage.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _paces(self) -> dict[float, list[nn.Parameter]]:
-        """Parameters by pace: attention starts from the teacher's solution, other mixers from a guess, gates from zero."""
-        fast = {}
-        for block in (self.student.model.layers[index] for index in self.layers if self.stage.paced):
-            for branch in getattr(block.mixer, "branches", [block.mixer]):
-                fast |= dict.fromkeys(branch.parameters(), 1.0 if type(branch) is registry.get("transformer").mixer else 3.0)
-            fast |= {p: 30.0 for name, p in block.mixer.named_parameters(recurse=False) if name == "gate"}
-        paces: dict[float, list[nn.Parameter]] = {1.0: [], 3.0: [], 30.0: []}
-        for name, p in self.student.named_parameters():
-            if name in self.names:
-                paces[fast.get(p, 1.0)].append(p)
-        return paces
 
     def _check(self, losses: list[float]) -> None:
         """Raise FloatingPointError that names the first loss that is not finite."""
@@ -133,13 +125,49 @@ class Fit:
                 raise FloatingPointError(f"{what}: the loss is {loss} at step {len(self.history) + 1}; lower the learning rate")
 
 
-def trained(student: nn.Module, stage: Stage, fresh: set[str]) -> list[str]:
-    """Names of the parameters that a stage trains; a tied one is named once."""
-    names = [name for name, _ in student.named_parameters()]
-    if stage.train == "mixer":
-        parts = tuple(f"model.layers.{index}.mixer." for index in converted_layers(student))
-        return [name for name in names if name.startswith(parts)]
-    return [name for name in names if name in fresh] if stage.train == "new" else names
+class Fit(Steps):
+    """Trains `student` as `stage` says. `close` ends a stage that has adapters, or a head apart from the embedding.
+
+    Args:
+        teacher, student: zoo language models on one device.
+        rows: `[N, T]` token ids.
+        fresh: names of the student's weights that nothing has filled, for `train: new`.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, rows: Tensor, stage: Stage, *, fresh: set[str] | None = None, seed: int = 0):
+        self.teacher, self.student, self.layers = teacher, student, converted_layers(student)
+        if stage.layerwise and not self.layers:
+            raise ValueError(f"stage {stage.name!r} compares replaced layers by their {stage.target}, and the student has none")
+        self.loan = Loan(student, stage, seed)
+        own, names = dict(student.named_parameters()), trained(student, stage, fresh or set())
+        compared = (
+            objectives.layers(stage, self.layers)
+            if stage.layerwise
+            else {"logits": objectives.logits, "tokens": objectives.tokens}[stage.target](stage)
+        )
+        super().__init__(
+            student, {name: own[name] for name in names}, lambda ids: compared(teacher, student, ids.long()), rows, stage, seed=seed,
+            paces=self._paces(stage),
+            what=[f"layer {index}" for index in self.layers] if stage.layerwise else [f"stage {stage.name!r}"],
+            alone=tuple(f"model.layers.{index}." for index in self.layers) if stage.apart else ("",),
+        )  # fmt: skip
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.parameters)
+
+    def close(self) -> None:
+        """Merge adapters and tie again what was tied; the student is then as any other."""
+        self.loan.give_back()
+
+    def _paces(self, stage: Stage) -> dict[nn.Parameter, float]:
+        """Attention starts from the teacher's solution, other mixers from a guess, gates from zero."""
+        fast: dict[nn.Parameter, float] = {}
+        for block in (self.student.model.layers[index] for index in self.layers if stage.paced):
+            for branch in getattr(block.mixer, "branches", [block.mixer]):
+                fast |= dict.fromkeys(branch.parameters(), 1.0 if type(branch) is registry.get("transformer").mixer else 3.0)
+            fast |= {p: 30.0 for name, p in block.mixer.named_parameters(recurse=False) if name == "gate"}
+        return fast
 
 
 def order(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
@@ -157,7 +185,21 @@ def pace(done: float, step: float, stage: Stage) -> float:
     """Share of the highest learning rate after a share `done` of the steps, each of which is `step`."""
     if done < stage.warmup:
         return (done + step) / (stage.warmup + step)
-    if stage.schedule == "constant":
+    if stage.schedule in ("constant", "plateau"):
         return 1.0
     last = 0.1 if stage.final_rate is None else stage.final_rate / stage.learning_rate
-    return last + (1 - last) * (1 + math.cos(math.pi * (done - stage.warmup) / (1 - stage.warmup))) / 2
+    start = 0.9 if stage.schedule == "stable" else stage.warmup  # MOHAWK falls over the last tenth (arXiv:2408.10189)
+    fallen = max(0.0, (done - start) / (1 - start))
+    return 1 - (1 - last) * ((1 - math.cos(math.pi * fallen)) / 2 if stage.schedule == "cosine" else fallen)
+
+
+def plateau(history: list[list[float]], steps: int) -> float:
+    """A tenth for every time that the mean loss has not fallen for a while."""
+    size = max(1, steps // WINDOWS)
+    best, waited, share = math.inf, 0, 1.0
+    for start in range(0, len(history) - size + 1, size):
+        mean = sum(map(sum, history[start : start + size])) / size
+        best, waited = (mean, 0) if mean < best else (best, waited + 1)
+        if waited > PATIENCE:
+            share, waited = share / 10, 0
+    return share

@@ -134,8 +134,9 @@ def advance(
     if done is None:
         measured = {"teacher": perplexity(teacher, held_out), "converted": perplexity(student, held_out)}
         done = {"stage": 0, "fit": None, "losses": {}, "perplexity": measured}
-    else:
-        student.load_state_dict(done.pop("weights"))
+    weights = done.pop("weights", None)
+    if weights is not None and done["fit"] is None:
+        student.load_state_dict(weights)
     interruption = Interruption()
     interruption.on_train_begin(None, None, None)
 
@@ -149,13 +150,15 @@ def advance(
         while done["stage"] < len(job.method.stages):
             stage = job.method.stages[done["stage"]]
             fit = Fit(teacher, student, rows_of(train, stage.length, "text"), stage, fresh=fresh, seed=job.seed + done["stage"])
-            if done["fit"] is not None:
+            if done["fit"] is not None:  # its weights are of a student with all that the stage adds to it
+                student.load_state_dict(weights)
                 fit.load(done["fit"])
             if not fit.done:
                 fit.run(stage.name if progress else None, after)
             if not fit.done:
                 say(f"interrupted after step {len(fit.history)} of {fit.steps} of {stage.name}; go on with: resume {folder}")
                 return False
+            fit.close()
             done["perplexity"][stage.name] = perplexity(student, held_out)
             done["losses"][stage.name] = fit.history
             done["stage"], done["fit"] = done["stage"] + 1, None

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from zoo.auto import model_class
-from zoo.convert.fit import trained
 from zoo.convert.headers import Blueprint, size
 from zoo.convert.recipe import Method, Stage, settled
 from zoo.convert.select import even
 from zoo.convert.student import converted_layers, student_config
+from zoo.convert.trainable import count_trained, unties
 from zoo.convert.weights import Account, seed_student
 from zoo.evaluate.speed import state_bytes
 from zoo.loss import LOGITS
@@ -174,7 +174,7 @@ def warnings(teacher: Blueprint, method: Method, account: Account, student: nn.M
         found.append(f"layers {early} lose attention without a window beside them; the first layers suffer most")
     if replaced and method.window is None and layer.rope_theta is not None and "rope_theta" not in known:
         found.append(f"{method.mixer} has no rotary positions, the teacher's queries and keys expect them")
-    if teacher.model.config.tie_word_embeddings and any(stage.train == "all" for stage in method.stages):
+    if teacher.model.config.tie_word_embeddings and any("all" in stage.parts and not unties(student, stage) for stage in method.stages):
         found.append("embedding and head are tied, and are trained tied")
     if method.select == "window" and isinstance(method.kept(len(student.config.plan)), int):
         found.append("which layers stay is measured when the student is made; until then they are spread evenly")
@@ -198,8 +198,7 @@ def describe(method: Method) -> str:
 def plan_stage(teacher: nn.Module, student: nn.Module, stage: Stage, fresh: set[str]) -> StagePlan:
     """FLOPs and memory of a stage as `Fit` takes it: both models whole and in float32."""
     parameters, layers = dict(student.named_parameters()), converted_layers(student)
-    count = sum(parameters[name].numel() for name in trained(student, stage, fresh))
-    by_layer = stage.target == "mixer_out"
+    count, by_layer = count_trained(student, stage, fresh), stage.apart
     forward = 0 if stage.target == "tokens" else forward_flops(teacher, stage.length)[0]
     learned = sum(student.model.layers[index].mixer.flops(stage.length) for index in layers)
     per_row = forward + 3 * (learned if by_layer else forward_flops(student, stage.length)[0])
@@ -213,7 +212,7 @@ def plan_stage(teacher: nn.Module, student: nn.Module, stage: Stage, fresh: set[
         "gradients": GRADIENT * count,
         "moments": MOMENTS * count,
         "activations": 4 * row_tokens // stage.accumulate * (max(inside, default=0) if by_layer else sum(inside)),
-        "logits": 0 if by_layer else 4 * 4 * max(64 * student.config.vocab_size, LOGITS),
+        "logits": 0 if stage.layerwise else 4 * 4 * max(64 * student.config.vocab_size, LOGITS),
     }
     return StagePlan(stage.name, stage.steps * row_tokens, stage.steps, count, float(stage.steps * stage.batch * per_row), memory)
 

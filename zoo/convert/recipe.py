@@ -19,16 +19,27 @@ FOLDER = Path(__file__).parent / "recipes"
 LOSSES = {  # what a stage compares -> how
     "attention_map": ("xent", "frobenius"),
     "mixer_out": ("rel_mse", "mse", "l2", "cos"),
-    "block_out": ("mse", "l2"),
+    "block_out": ("rel_mse", "mse", "l2", "cos"),
     "logits": ("fkl", "rkl", "ce+fkl"),
     "tokens": ("ce",),
 }
-PARTS = ("mixer", "new", "features", "lora", "all")  # what a stage trains: replaced mixers, what no weight filled, ..., everything
-SCHEDULES = ("cosine", "constant", "stable", "plateau")
+LAYERWISE = ("attention_map", "mixer_out", "block_out")  # targets that every layer has
+# what a stage trains, alone or joined by +: replaced mixers, of these what no weight filled, their feature maps, low-rank adapters;
+# attention that stays, channel mixers, norms, embeddings with the head; everything
+PARTS = ("mixer", "new", "features", "lora", "attention", "mlp", "norms", "embeddings", "all")
+SCHEDULES = ("cosine", "linear", "constant", "stable", "plateau")
+INPUTS = ("teacher", "student")
+ROPES = ("keep", "drop", "replaced_only")  # of replaced layers: as the mixer has them, none; or none in the layers that stay
+STARTS = {  # what of a mixer the teacher has no weight for -> how it may begin; the first is what happens otherwise
+    "decay": ("native", "measured"),
+    "rate": ("native", "measured"),
+    "gate": ("native", "zero", "one", "random"),
+    "conv": ("identity", "native"),
+    "skip": ("native", "zero"),
+    "values": ("native", "measured"),
+}
 SELECTORS = ("none", "uniform", "window", "recall", "bypass", "swap", "restore")  # how the layers that stay are found
-# what the engine does; the rest is named by `missing`
-RUNS = {"target": ("mixer_out", "logits", "tokens"), "loss": ("rel_mse", "mse", "l2", "cos", "fkl", "rkl", "ce"),
-        "train": ("mixer", "new", "all"), "schedule": ("cosine", "constant"), "select": SELECTORS}  # fmt: skip
+RUNS = {"select": SELECTORS}  # what the engine does of these
 
 
 @dataclass(frozen=True)
@@ -36,15 +47,21 @@ class Stage:
     """One training of a conversion.
 
     Args:
-        target, loss: what the student is compared by (`LOSSES`). A mixer's output is compared layer by layer from the
-            teacher's own inputs, logits and tokens from the student's.
-        train: one of `PARTS`.
+        target, loss: what the student is compared by (`LOSSES`): layer by layer the weights with which a mixer mixes tokens, its
+            output or the block's; the logits; or the text itself.
+        train: of `PARTS`, joined by +.
         tokens: how many to train on; None: by the teacher's size (`default_tokens`).
         length, batch: of a step's rows; accumulate: how many passes, one after the other, they are divided among.
         learning_rate, final_rate: highest and last; `final_rate` None is a tenth.
-        schedule, warmup: a linear warm-up over this share of the steps, then a cosine, or no change.
+        schedule, warmup: a linear warm-up over this share of the steps, then down by a cosine or a line, level, level but for a
+            line over the last tenth (stable), or down tenfold where the loss stays (plateau).
         paced: gates learn thirty times, new mixers three times as fast as copied attention.
-        lora_rank: of adapters, with `train: lora`.
+        inputs, scope: what a layer reads where layers are compared, and how far its loss reaches back: `layer` itself, a number of
+            layers, or the `model`. The first layer of such a run reads the teacher's states or the student's own.
+        kl_weight: of the divergence beside the likelihood in `ce+fkl`.
+        lora_rank, lora_alpha, lora_targets: of adapters, with `train: lora`, merged when the stage ends; an alpha of None is twice the
+            rank, and without targets they go where replaced mixers want them.
+        untie: train a tied head apart from the embedding, and drop it for the embedding when the stage ends (RADLADS).
     """
 
     name: str
@@ -63,33 +80,54 @@ class Stage:
     weight_decay: float = 0.0
     clip: float = 1.0
     paced: bool = False
+    inputs: str = "teacher"
+    scope: str | int = "layer"
+    kl_weight: float = 0.1
     lora_rank: int | None = None
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] = ()
+    untie: bool = False
 
     def __post_init__(self):
-        for name, known in (("target", LOSSES), ("train", PARTS), ("schedule", SCHEDULES)):
-            choose(f"stage {self.name!r}: {name}", getattr(self, name), known)
-        choose(f"stage {self.name!r}: loss of {self.target}", self.loss, LOSSES[self.target])
-        for name in ("tokens", "length", "batch", "accumulate", "learning_rate", "clip"):
+        where = f"stage {self.name!r}"
+        for name, known in (("target", LOSSES), ("schedule", SCHEDULES), ("inputs", INPUTS)):
+            choose(f"{where}: {name}", getattr(self, name), known)
+        choose(f"{where}: loss of {self.target}", self.loss, LOSSES[self.target])
+        for part in self.parts:
+            choose(f"{where}: train", part, PARTS)
+        for name in ("tokens", "length", "batch", "accumulate", "learning_rate", "clip", "kl_weight", "lora_rank", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, int | float) and 0 < value < math.inf):
-                raise ValueError(f"stage {self.name!r}: {name} is {value!r}, it must be a positive number")
+                raise ValueError(f"{where}: {name} is {value!r}, it must be a positive number")
         if self.batch % self.accumulate:
-            raise ValueError(f"stage {self.name!r}: batch={self.batch} is not divisible by accumulate={self.accumulate}")
+            raise ValueError(f"{where}: batch={self.batch} is not divisible by accumulate={self.accumulate}")
         if not 0 <= self.warmup < 1:
-            raise ValueError(f"stage {self.name!r}: warmup is {self.warmup}, it must be a share of the steps")
-        if (self.train == "lora") != (self.lora_rank is not None):
-            raise ValueError(f"stage {self.name!r}: train: lora and lora_rank go together")
+            raise ValueError(f"{where}: warmup is {self.warmup}, it must be a share of the steps")
+        if ("lora" in self.parts) != (self.lora_rank is not None):
+            raise ValueError(f"{where}: train: lora and lora_rank go together")
+        if self.scope not in ("layer", "model") and not (type(self.scope) is int and self.scope > 0):
+            raise ValueError(f"{where}: scope is {self.scope!r}; it is layer, model, or how many layers at once")
+        if not self.layerwise and (self.inputs, self.scope) != ("teacher", "layer"):
+            raise ValueError(
+                f"{where}: inputs and scope go with a target that layers have ({', '.join(LAYERWISE)}), not with {self.target}"
+            )
+
+    @property
+    def parts(self) -> list[str]:
+        return self.train.split("+")
+
+    @property
+    def layerwise(self) -> bool:
+        return self.target in LAYERWISE
+
+    @property
+    def apart(self) -> bool:
+        """Whether no layer's training depends on another's."""
+        return self.layerwise and (self.inputs, self.scope) in (("teacher", "layer"), ("teacher", 1))
 
     @property
     def steps(self) -> int:
         return max(1, round((self.tokens or 0) / (self.batch * self.length)))
-
-    def missing(self) -> list[str]:
-        """What of it the engine lacks."""
-        found = [
-            f"{name} {getattr(self, name)!r}" for name in ("target", "loss", "train", "schedule") if getattr(self, name) not in RUNS[name]
-        ]
-        return [f"stage {self.name!r}: {what}" for what in found]
 
 
 @dataclass(frozen=True)
@@ -100,6 +138,8 @@ class Method:
         name, title, paper: whose it is.
         mixer, mixer_args, inherit: what replaces attention, fields of its config, and those it takes from the teacher's layer.
         window, sinks: attention that a replaced layer keeps beside the mixer; None: the mixer alone.
+        rope: rotary positions, one of `ROPES`.
+        init: how begins what the teacher has no weight for (`STARTS`).
         keep, select: which layers stay: a share below one, a number, or their indices; and how they are found.
         stages: the trainings, in order.
         needs: what else its paper does and no field here can say; such a recipe is known, but cannot be run.
@@ -115,6 +155,8 @@ class Method:
     inherit: tuple[str, ...] = ()
     window: int | None = None
     sinks: int = 0
+    rope: str = "keep"
+    init: dict[str, str] = field(default_factory=dict)
     keep: float | int | tuple[int, ...] = 0
     select: str = "none"
     needs: tuple[str, ...] = ()
@@ -124,14 +166,17 @@ class Method:
         if self.mixer not in registry.list_mixers():
             raise ValueError(f"recipe {self.name!r}: no mixer {self.mixer!r}{nearest(self.mixer, registry.list_mixers())}")
         choose(f"recipe {self.name!r}: select", self.select, SELECTORS)
+        choose(f"recipe {self.name!r}: rope", self.rope, ROPES)
+        for what, start in self.init.items():
+            choose(f"recipe {self.name!r}: init", what, STARTS)
+            choose(f"recipe {self.name!r}: init.{what}", start, STARTS[what])
         names = [stage.name for stage in self.stages]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"recipe {self.name!r}: its stages are named {names}; there must be one at least, and no name twice")
 
     def missing(self) -> list[str]:
         """What of it the engine lacks; empty: it can be run."""
-        stages = [what for stage in self.stages for what in stage.missing()]
-        return stages + [f"select {self.select!r}"] * (self.select not in RUNS["select"]) + list(self.needs)
+        return [f"select {self.select!r}"] * (self.select not in RUNS["select"]) + list(self.needs)
 
     def kept(self, layers: int) -> int | tuple[int, ...]:
         """How many of the teacher's layers stay, or which."""
@@ -161,7 +206,7 @@ def load_recipe(name: str, changes: dict | None = None, why: str = "command line
     """A recipe by name, or the YAML file of one.
 
     Args:
-        changes: field, `stage.field` or `mixer_args.field` -> another value; None as value sets None.
+        changes: field, `stage.field`, `mixer_args.field` or `init.field` -> another value; None as value sets None.
         why: their origin.
 
     Raises:
@@ -186,8 +231,8 @@ def read_method(content: dict, changes: dict, why: str = "command line", origin:
         origins.pop("mixer_args", None)
     for path, value in changes.items():
         first, _, last = path.partition(".")
-        if last and first == "mixer_args":
-            content.setdefault("mixer_args", {})[last] = value
+        if last and first in ("mixer_args", "init"):
+            content.setdefault(first, {})[last] = value
         elif last:
             choose("stage to change", first, stages)
             stages[first][last] = value
@@ -196,7 +241,8 @@ def read_method(content: dict, changes: dict, why: str = "command line", origin:
         origins[path] = why
     check_fields("stage", Stage, *stages.values())
     check_fields(f"recipe {content.get('name')!r}", Method, content)
-    read = [Stage(**stage | {"betas": tuple(stage.get("betas", Stage.betas))}) for stage in stages.values()]
+    pairs = ("betas", "lora_targets")
+    read = [Stage(**stage | {name: tuple(stage[name]) for name in pairs if name in stage}) for stage in stages.values()]
     tuples = {name: tuple(content[name]) for name in ("inherit", "needs", "keep") if isinstance(content.get(name), list)}
     known = {f.name for f in dataclasses.fields(Method)} | {f"{s}.{f.name}" for s in stages for f in dataclasses.fields(Stage)}
     origins = dict.fromkeys(sorted(known), "default") | origins
@@ -219,7 +265,7 @@ def default_tokens(stage: Stage, parameters: int) -> int:
     """Where a recipe names none: 100M for a teacher of 7B and less by the square root of its size, at least 2M; five times
     that for what follows the alignment. A rule of thumb of ours."""
     align = max(2e6, 1e8 * math.sqrt(parameters / 7e9))
-    return round(align if stage.target in ("attention_map", "mixer_out", "block_out") else 5 * align)
+    return round(align if stage.layerwise else 5 * align)
 
 
 def settled(method: Method, parameters: int, scale: float = 1.0) -> Method:

@@ -74,10 +74,15 @@ def _hits(target: str, part: str, module: nn.Module, name: str) -> bool:
     return f".{name}".endswith(f".{target}")
 
 
-def add_lora(model: nn.Module, targets: Iterable[str], *, r: int, alpha: float | None = None, dropout: float = 0.0):
-    """The model with adapters on `targets` (see `lora_coverage`), and where they went."""
+def check_peft() -> None:
+    """Raise ValueError unless the package that makes adapters is there."""
     if find_spec("peft") is None:
         raise ValueError("adapters need the package peft; run: pip install peft")
+
+
+def add_lora(model: nn.Module, targets: Iterable[str], *, r: int, alpha: float | None = None, dropout: float = 0.0):
+    """The model with adapters on `targets` (see `lora_coverage`), and where they went."""
+    check_peft()
     from peft import LoraConfig, get_peft_model
 
     coverage = lora_coverage(model, targets)
