@@ -115,7 +115,7 @@ def test_a_single_token(op, draw, dtype):
 @every_case
 def test_segments_of_one_sequence(op, draw):
     """Long enough to be cut up among programs."""
-    compare(op, inputs(draw, 1, 2 * 512 + 9 if DEVICE == "cuda" else 512 + 9), torch.float32)
+    compare(op, inputs(draw, 1, 2 * 512 + 9), torch.float32)
 
 
 @every_case
@@ -157,6 +157,13 @@ def test_inputs_are_kept_strides_do_not_matter_and_runs_repeat(op, draw):
     for other in (strided, given):
         assert all(torch.equal(x, y) for x, y in zip(run(op, other, backend="fused"), expected, strict=True))
     assert all(torch.equal(given[n], v) for n, v in before.items()), "an input was modified"
+
+
+@pytest.mark.parametrize("case", ["layer-bias", "gate-first"])
+@pytest.mark.parametrize("absent", ["gate", "weight", "bias", "gate weight", "gate weight bias"])
+def test_norms_without_some_of_their_parts(case, absent):
+    op = OPS["gated_norm"]
+    compare(op, inputs(op.cases[case], 2, 20) | dict.fromkeys(absent.split()), torch.float32)
 
 
 @every_case

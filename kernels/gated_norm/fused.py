@@ -95,7 +95,7 @@ def backward(
     X, GATE, WEIGHT, BIAS, DOUT, DX, DGATE, PARTS, x_0, x_1, x_2, g_0, g_1, g_2, y_0, y_1, y_2, L1, L2, ROWS, GROUPS, G, SLICES, eps,
     BD: tl.constexpr, R: tl.constexpr, LAYER: tl.constexpr, SILU: tl.constexpr, GATE_LAST: tl.constexpr,
 ):  # fmt: skip
-    """DX and DGATE [ROWS, GROUPS * G], and PARTS [2, SLICES, GROUPS * G], shares of the gradients of weight and bias.
+    """DX and DGATE [ROWS, GROUPS * G], and PARTS [1 or 2, SLICES, GROUPS * G], shares of the gradients of weight and, if any, bias.
     Programs: SLICES, each of which takes every SLICES-th tile of R rows, x groups."""
     group, slice_ = tl.program_id(0) % GROUPS, (tl.program_id(0) // GROUPS).to(tl.int64)
     c, first = tl.arange(0, BD), group * G
@@ -158,7 +158,8 @@ def backward(
     if PARTS is not None:
         PARTS += slice_ * GROUPS * G + first + c
         tl.store(PARTS, tl.sum(dweight, 0), mask=c < G)
-        tl.store(PARTS + SLICES * GROUPS * G, tl.sum(dbias, 0), mask=c < G)
+        if BIAS is not None:
+            tl.store(PARTS + SLICES * GROUPS * G, tl.sum(dbias, 0), mask=c < G)
 
 
 class Rows:
@@ -220,7 +221,7 @@ class _GatedNorm(torch.autograd.Function):
         slices = cdiv(p.tiles, cdiv(p.tiles * groups, PROGRAMS))
         parts = None
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
-            parts = torch.empty(2, slices, p.channels, dtype=torch.float32, device=x.device)
+            parts = torch.empty(1 if bias is None else 2, slices, p.channels, dtype=torch.float32, device=x.device)
         x, gate, dout = p.tensors
         launch(
             backward, slices * groups,

@@ -119,7 +119,7 @@ def backward(
     x_b, x_t, y_b, y_t, o_b, o_t, s_b, s_i, l_b, l_i, w_d, w_w, D,
     W: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, SILU: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """DX, DSTATE [N, W - 1, D], and PARTS [segments, W + 1, D], each segment's share of the gradients of weight and bias.
+    """DX, DSTATE [N, W - 1, D], and PARTS [segments, W or W + 1, D], each segment's share of the gradients of weight and bias.
     Programs: segments x blocks of channels."""
     blocks = tl.cdiv(D, BD)
     segment, c = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
@@ -176,10 +176,11 @@ def backward(
                 dbias += own
             window, dzs = window[1:], dzs[1:]
     if PARTS is not None:
-        PARTS += segment * (W + 1) * D + c
+        PARTS += segment * (W if BIAS is None else W + 1) * D + c
         for w in tl.static_range(W):
             tl.store(PARTS + w * D, sums[w], mask=inside)
-        tl.store(PARTS + W * D, dbias, mask=inside)
+        if BIAS is not None:
+            tl.store(PARTS + W * D, dbias, mask=inside)
 
 
 class Problem:
@@ -236,7 +237,7 @@ class _ShortConv(torch.autograd.Function):
         parts = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             make = torch.zeros if p.packed else torch.empty  # there may be segments without tokens
-            parts = make(p.segments.count, p.width + 1, p.channels, dtype=torch.float32, device=x.device)
+            parts = make(p.segments.count, p.width + (bias is not None), p.channels, dtype=torch.float32, device=x.device)
         launch(
             backward, p.programs,
             x, dout, weight, bias, state, dlast, dx, dstate, parts, p.segments.table, p.segments.first,
@@ -246,7 +247,7 @@ class _ShortConv(torch.autograd.Function):
         dweight = dbias = None
         if parts is not None:
             total = parts.sum(0)
-            dweight, dbias = total[:-1].t().to(weight.dtype), None if bias is None else total[-1].to(bias.dtype)
+            dweight, dbias = total[: p.width].t().to(weight.dtype), None if bias is None else total[-1].to(bias.dtype)
         return dx, dweight, dbias, dstate, None, None
 
 
