@@ -23,7 +23,7 @@ from zoo.config import ZooConfig
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import ShortConv, merge_heads, split_heads, wide
+from zoo.layers import ShortConv, laid_out, merge_heads, split_heads, wide
 from zoo.layout import Layout, rename, squeeze
 from zoo.mixer import Mixer, State
 from zoo.registry import register
@@ -76,6 +76,10 @@ class LlambaMixer(Mixer):
         init.ones_(self.D)
         if self.gate_bias is not None:
             init.zeros_(self.gate_bias)
+
+    def roles(self) -> dict[str, tuple[str, list[slice]]]:
+        shared = self.groups * self.keys
+        return laid_out(("v_proj", self.inner), ("k_proj", shared), ("q_proj", shared), ("z", self.inner), ("decay", self.heads))
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         memory = torch.zeros(batch, self.heads, self.keys, self.values, dtype=accumulator(dtype), device=device)

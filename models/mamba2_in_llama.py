@@ -14,7 +14,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from zoo.kernels.packing import Packing
-from zoo.layers import ShortConv, merge_heads, split_heads
+from zoo.layers import ShortConv, laid_out, merge_heads, split_heads
 from zoo.layout import rename, squeeze
 from zoo.mamba_in_llama import DistilledConfig, beside_layout
 from zoo.registry import register
@@ -63,6 +63,10 @@ class Mamba2InLlamaMixer(SSDMixer):
         self.conv = SharedConv(config)
         sizes = (2 * heads + 2 * config.num_kv_heads) * states + heads
         self.in_proj = nn.Linear(config.hidden_size, sizes, bias=config.bias)
+
+    def roles(self) -> dict[str, tuple[str, list[slice]]]:
+        shared = self.conv.shared
+        return laid_out(("z", self.inner), ("v_proj", shared), ("k_proj", shared), ("q_proj", self.inner), ("dt", self.heads))
 
     def project(self, x: Tensor) -> Tensor:
         """z, x, B, C and dt; x and B as the convolution wants them."""

@@ -56,6 +56,10 @@ class MambaInLlamaMixer(SelectiveMixer):
         self.out_proj = nn.Linear(self.inner, width, bias=False)
         self.reset_parameters()
 
+    def roles(self) -> dict[str, tuple[str, list[slice]]]:
+        names = {"q_proj": "C_proj", "k_proj": "B_proj", "v_proj": "x_proj", "out_proj": "out_proj"}
+        return {role: (name, [slice(None)]) for role, name in names.items()}
+
     def repeat(self, x: Tensor) -> Tensor:
         """`[B, T, G N] -> [B, T, H, N]`."""
         return split_heads(x, self.groups).repeat_interleave(self.heads // self.groups, dim=2)

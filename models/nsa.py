@@ -86,6 +86,11 @@ class NSAMixer(ListedAttention):
         for weight in (self.k_weight, self.v_weight):
             init.constant_(weight, 1 / self.pool["size"])
 
+    def roles(self) -> dict[str, tuple[str, list[slice]]]:
+        rows = self.groups * self.keys
+        sets = [slice(first * rows, (first + 1) * rows) for first in range(self.sets)]
+        return super().roles() | {name: (name, sets) for name in ("k_proj", "v_proj")}
+
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         state = super().initial_state(batch, length, dtype, device)
         ring = [torch.zeros(batch, self.reach, self.groups, self.keys, dtype=dtype, device=device) for _ in range(2)]

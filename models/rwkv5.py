@@ -79,6 +79,9 @@ class RWKV5Mixer(Mixer):
         init.copy_(self.decay, initial_decay(self.width, self.layer, self.depth).view(self.heads, self.keys))
         init.copy_(self.bonus, initial_bonus(self.width, self.layer, self.depth).view(self.heads, self.keys))
 
+    def roles(self) -> dict[str, tuple[str, list[slice]]]:
+        return super().roles() | {"q_proj": ("r_proj", [slice(None)])}
+
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         memory = torch.zeros(batch, self.heads, self.keys, self.keys, dtype=accumulator(dtype), device=device)
         return {"shift": torch.zeros(batch, 1, self.width, dtype=dtype, device=device), "memory": memory}

@@ -102,6 +102,9 @@ class RWKV6Mixer(Mixer):
         init.copy_(self.decay_proj.up.bias, initial_decay(self.bonus.numel(), self.layer, self.depth))
         init.copy_(self.bonus, initial_bonus(self.bonus.numel(), self.layer, self.depth).view_as(self.bonus))
 
+    def roles(self) -> dict[str, tuple[str, list[slice]]]:
+        return super().roles() | {"q_proj": ("r_proj", [slice(None)])}
+
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         memory = torch.zeros(batch, self.heads, self.keys, self.values, dtype=accumulator(dtype), device=device)
         return {"shift": torch.zeros(batch, 1, self.width, dtype=dtype, device=device), "memory": memory}

@@ -109,6 +109,9 @@ class RWKV7Mixer(Mixer):
         if self.residual_proj is not None:
             init.copy_(self.residual_proj.up.bias, 0.73 - 0.4 * line)
 
+    def roles(self) -> dict[str, tuple[str, list[slice]]]:
+        return super().roles() | {"q_proj": ("r_proj", [slice(None)])}
+
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         return {
             "memory": torch.zeros(batch, self.heads, self.keys, self.keys, dtype=accumulator(dtype), device=device),

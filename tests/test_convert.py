@@ -85,15 +85,17 @@ def test_every_weight_is_accounted_for(mixer, window):
 
 def test_grouped_heads_are_repeated_for_the_heads_they_serve():
     weight = torch.arange(4.0).repeat_interleave(2).unsqueeze(1)  # 4 rows pairs: groups 0..3 of two channels each
-    assert fit(weight, torch.Size([16, 1]), 2).flatten().tolist() == [g for g in range(4) for _ in range(4)]
+    assert fit(weight, torch.Size([16, 1]), 2, 8).flatten().tolist() == [g for g in range(4) for _ in range(4)]
     with pytest.raises(ValueError, match="number and width of heads"):
-        fit(weight, torch.Size([12, 1]), 2)
+        fit(weight, torch.Size([12, 1]), 2, 8)
+    with pytest.raises(ValueError, match="number and width of heads"):
+        fit(weight, torch.Size([24, 1]), 2, 8)  # 12 blocks that 8 heads cannot share
 
 
 def test_weights_that_do_not_fit_are_dropped_with_a_reason(teacher, caplog):
-    student = convert(teacher, mixer="mamba2", window=None)
+    student = convert(teacher, mixer="mamba", window=None)
     dropped = seed_student(teacher, student).dropped
-    assert "Mamba2Mixer has no q_proj.weight" in dropped["model.layers.0.mixer.q_proj.weight"]
+    assert "MambaMixer has no q_proj.weight" in dropped["model.layers.0.mixer.q_proj.weight"]
     assert "number and width of heads" in dropped["model.layers.0.mixer.out_proj.weight"]
     assert "12 teacher weights have no place" in caplog.text
 

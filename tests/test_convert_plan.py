@@ -111,11 +111,11 @@ def test_a_repeated_head_is_dropped_by_name(tmp_path):
 
 
 def test_what_a_mixer_cannot_take_is_dropped_with_a_reason(folder):
-    plan = make_plan(read_blueprint(str(folder)), load_recipe("zoo", {"mixer": "mamba2", "window": None, "sinks": 0, "keep": 0}))
+    plan = make_plan(read_blueprint(str(folder)), load_recipe("zoo", {"mixer": "mamba", "window": None, "sinks": 0, "keep": 0}))
     assert plan.weights["dropped"].tensors == sum(plan.dropped.values()) > 0
-    assert any("Mamba2Mixer has no q_proj.weight" in why for why in plan.dropped)
+    assert any("MambaMixer has no q_proj.weight" in why for why in plan.dropped)
     assert any("layers [0, 1] lose attention" in warning for warning in plan.warnings)
-    assert any("mamba2 has no rotary positions" in warning for warning in plan.warnings)
+    assert any("mamba has no rotary positions" in warning for warning in plan.warnings)
 
 
 def test_tokens_and_settings_say_where_they_are_from(folder):

@@ -108,6 +108,14 @@ def projected_sizes(config: ZooConfig) -> list[int]:
     return [keys, keys // sharing, values // sharing]
 
 
+def laid_out(*parts: tuple[str, int]) -> dict[str, tuple[str, list[slice]]]:
+    """`Mixer.roles` of a mixer whose `in_proj` has these parts, each with its number of rows, from its first row on."""
+    found, start = {"out_proj": ("out_proj", [slice(None)])}, 0
+    for name, rows in parts:
+        found[name], start = ("in_proj", [slice(start, start + rows)]), start + rows
+    return found
+
+
 class LowRank(nn.Module):
     """`up(activation(down(x)))`, a linear map of small rank; the bias belongs to `up`."""
 

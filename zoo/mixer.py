@@ -10,6 +10,7 @@ from zoo.config import ZooConfig
 from zoo.kernels.packing import Packing
 
 State = dict[str, Tensor]
+ROLES = ("q_proj", "k_proj", "v_proj", "out_proj")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,14 @@ class Mixer(Layer):
 
         Such a module stays a part of the layer that has it, which alone stores it: keep the reference in a tuple.
         """
+
+    def roles(self) -> dict[str, tuple[str, list[slice]]]:
+        """Where queries, keys, values and what was read are projected, so that attention's projections can begin theirs.
+
+        Returns: `q_proj`, `k_proj`, `v_proj`, `out_proj` -> the name of a linear layer, and the rows of it that each are this projection,
+            head by head. What is made of neither is left out; what else has rows in one layer with them may have a name of its own.
+        """
+        return {name: (name, [slice(None)]) for name in ROLES}
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         """The state of nothing seen, with room for `length` tokens; passing it equals passing None.

@@ -12,7 +12,7 @@ from zoo.config import ZooConfig
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import GatedNorm, ShortConv, merge_heads, split_heads, wide
+from zoo.layers import GatedNorm, ShortConv, laid_out, merge_heads, split_heads, wide
 from zoo.mixer import Mixer, State
 
 
@@ -60,6 +60,10 @@ class SSDMixer(Mixer):
         init.uniform_(self.A_log, 1.0, 16.0)
         init.copy_(self.A_log, self.A_log.detach().log())
         init.ones_(self.D)
+
+    def roles(self) -> dict[str, tuple[str, list[slice]]]:
+        shared = self.groups * self.keys
+        return laid_out(("z", self.inner), ("v_proj", self.inner), ("k_proj", shared), ("q_proj", shared), ("dt", self.heads))
 
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         memory = torch.zeros(batch, self.heads, self.keys, self.values, dtype=accumulator(dtype), device=device)

@@ -33,6 +33,7 @@ from zoo.train.trainer import Interruption
 
 JOB, PROGRESS, REPORT = "conversion.json", "progress.pt", "report.json"
 HELD_ROWS, HELD_LENGTH = 16, 1024  # of held-out text, to measure perplexity on, where there is as much
+PROBED = 4  # rows on which starts are measured
 Say = Callable[[str], None]
 
 
@@ -107,10 +108,18 @@ def begin(job: Job, teacher: nn.Module, kept: Iterable[int], aligned: nn.Module 
         student = hybrid(teacher, aligned, kept)
     else:
         student = convert(teacher, mixer=method.mixer, keep=kept, window=method.window, sinks=method.sinks, mixer_args=method.mixer_args,
-                          inherit=method.inherit)  # fmt: skip
+                          inherit=method.inherit, rope=method.rope, starts=method.init, rows=probe(job, teacher))  # fmt: skip
     if job.control is not None:
         CONTROLS[job.control](teacher, student)
     return student
+
+
+def probe(job: Job, teacher: nn.Module) -> Tensor | None:
+    """Rows on which a start is measured; None where none is."""
+    if "measured" not in job.method.init.values():
+        return None
+    tokens, _ = read_tokens(job.data, open_tokenizer(job.teacher), teacher.config.vocab_size)
+    return spread(rows_of(tokens, job.method.stages[0].length, "text"), PROBED)
 
 
 def advance(
@@ -265,9 +274,13 @@ def load(folder: Path, job: Job, train: Tensor, device: str) -> dict | None:
 
 def open_teacher(path: str, device: str):
     """The teacher in float32, and its tokenizer if it has one."""
-    teacher = load_teacher(path, dtype=torch.float32).to(device)
+    return load_teacher(path, dtype=torch.float32).to(device), open_tokenizer(path)
+
+
+def open_tokenizer(path: str):
+    """The tokenizer beside a teacher, None where there is none."""
     has = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
-    return teacher, AutoTokenizer.from_pretrained(path) if has else None
+    return AutoTokenizer.from_pretrained(path) if has else None
 
 
 def memory(device: str) -> int:

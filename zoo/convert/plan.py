@@ -106,7 +106,7 @@ def layout_config(model: nn.Module, method: Method) -> HybridConfig:
     count = len(model.config.layer_configs())
     kept = method.kept(count)
     kept = even(count, kept) if isinstance(kept, int) else kept
-    return student_config(model.config, method.mixer, kept, method.window, method.sinks, method.mixer_args, method.inherit)
+    return student_config(model.config, method.mixer, kept, method.window, method.sinks, method.mixer_args, method.inherit, method.rope)
 
 
 def blank_student(teacher: nn.Module, config: HybridConfig) -> tuple[nn.Module, Account]:

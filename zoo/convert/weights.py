@@ -5,11 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from zoo.layers import ShortConv
-from zoo.mixer import Mixer
-
-# the parts of attention that a mixer takes over where it has a projection of that name
-ROLES = ("q_proj", "k_proj", "v_proj", "out_proj")
+from zoo.mixer import ROLES, Mixer
 
 
 @dataclass
@@ -20,8 +16,8 @@ class Account:
         copied: teacher keys that the student holds unchanged, somewhere.
         seeded: teacher keys that only begin a weight of another kind of mixer.
         dropped: teacher key -> why no part of the student holds it.
-        fresh: student keys that no teacher key fills; they keep their architecture's own initial values, but short
-            convolutions begin by passing their last input on.
+        fresh: student keys that no teacher key fills whole; they keep their architecture's own initial values, but for what
+            `zoo.convert.starts` changes.
     """
 
     copied: set[str] = field(default_factory=set)
@@ -68,8 +64,8 @@ def seed_student(teacher: nn.Module, student: nn.Module) -> Account:
 def seed_mixer(source: Mixer, mixer: Mixer, account: Account, prefix: str) -> set[str]:
     """Seed one mixer from an attention layer; the names of its parameters that were filled.
 
-    Attention is copied whole. Branches that stand side by side are seeded each. Any other mixer takes the projections of
-    `ROLES` that it has by name and in a shape that `fit` can make; the account says why any was dropped.
+    Attention is copied whole. Branches that stand side by side are seeded each. Any other mixer takes the projections that it
+    names as its `roles`, in a shape that `fit` can make; the account says why any was dropped.
     """
     if hasattr(mixer, "branches"):
         parts = ((f"branches.{i}.", branch) for i, branch in enumerate(mixer.branches))
@@ -79,35 +75,35 @@ def seed_mixer(source: Mixer, mixer: Mixer, account: Account, prefix: str) -> se
         mixer.load_state_dict(weights)
         account.copied |= {prefix + name for name in weights}
         return set(weights)
-    for module in mixer.modules():
-        if isinstance(module, ShortConv):  # at random it would scramble what the projections say
-            module.weight.zero_()[:, -1] = 1.0
-    filled, own = set(), dict(mixer.named_parameters())
+    rows, own, roles = {}, dict(mixer.named_parameters()), mixer.roles()
     for name, weight in weights.items():
-        role = name.split(".")[0]
-        if role not in ROLES or name not in own:
+        role, _, kind = name.partition(".")
+        place, slices = roles.get(role, (role, []))
+        target = own.get(f"{place}.{kind}") if role in ROLES else None
+        if target is None or not slices:
             account.dropped[prefix + name] = f"{type(mixer).__name__} has no {name}"
             continue
         try:
-            own[name].copy_(fit(weight, own[name].shape, source.keys))
+            for part in slices:
+                target[part].copy_(fit(weight, target[part].shape, source.keys, source.heads))
         except ValueError as error:
             account.dropped[prefix + name] = f"{type(mixer).__name__}.{name}: {error}"
             continue
         account.seeded.add(prefix + name)
-        filled.add(name)
-    return filled
+        rows[f"{place}.{kind}"] = rows.get(f"{place}.{kind}", 0) + sum(len(target[part]) for part in slices)
+    return {name for name, count in rows.items() if count == len(own[name])}
 
 
-def fit(weight: Tensor, shape: torch.Size, head: int) -> Tensor:
+def fit(weight: Tensor, shape: torch.Size, head: int, heads: int) -> Tensor:
     """A projection in the shape the student wants: as it is, or with each group of `head` rows repeated for the query heads it serves.
 
     Head h of H takes group `h // (H / G)`, as grouped attention does (arXiv:2305.13245); `h % G` would pair it with
-    another's values.
+    another's values. heads: H, of the teacher, which a student's number of groups divides.
     """
     if weight.shape == shape:
         return weight
     repeats, rest = divmod(shape[0], weight.shape[0])
-    if rest or weight.shape[1:] != shape[1:] or weight.shape[0] % head:
+    if rest or weight.shape[1:] != shape[1:] or weight.shape[0] % head or heads % (shape[0] // head):
         raise ValueError(
             f"the teacher's is {list(weight.shape)}, the student's {list(shape)}; give the mixer the teacher's number and width of heads"
         )
