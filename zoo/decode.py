@@ -7,22 +7,27 @@ needs to run them. `generate` makes a `Steps` where nothing but the kernels of t
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache as once
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as everywhere
 
 from zoo.block import Block
-from zoo.cache import ZooCache
+from zoo.cache import ZooCache, put
+from zoo.kernels import dispatch
 from zoo.mixer import State
 
 Replay = Callable[[], None]
 DEVICE = "cuda"  # whose work can be recorded
-ROOM = 512  # tokens for which a state that grows gets room at the least
+ROOM, GRAIN = 512, 256  # tokens for which a state that grows gets room at the least, and steps in which there is more
+SMALL = 8  # a recording is kept for the next call if its states are so many times smaller than the weights
 PIECE = 2**16  # tokens of all rows that are read at once, where only the last ones' logits are asked for
 
 logger = logging.getLogger(__name__)
+_kept: "WeakKeyDictionary[nn.Module, Recording]" = WeakKeyDictionary()
 
 
 def obstacle(model: nn.Module) -> str | None:
@@ -46,11 +51,18 @@ def record_graph(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
     stream = _stream(torch.cuda.current_device())
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
         try:
-            result = run()
-        finally:
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                result = run()
+            finally:
+                graph.capture_end()
+        except RuntimeError:  # a recording that failed leaves the random numbers to a graph, until another one succeeds
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            torch.zeros(1, device="cuda")
             graph.capture_end()
+            raise
     current.wait_stream(stream)
     return graph.replay, result
 
@@ -61,82 +73,33 @@ def _stream(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-class Steps:
-    """The decode steps of one model on one cache, recorded at the second and replayed from then on.
+@dataclass
+class Recording:
+    """A recorded step: what it reads (`ids`, and `states` and `lengths` of a cache), `logits` that it writes, and for whom.
 
-    The first runs as it is: kernels compile, and states come to the addresses that they keep. States that grow get room for twice
-    the tokens there are, up to `limit`; when that is used up there is more room, another step as it is, and another recording.
-
-    Args:
-        model: a `ZooForCausalLM`. Its weights and settings must stay what they are.
-        limit: no more tokens than this come.
+    counters: tensors of the states whose shape alone counts tokens; room: for how many tokens the states have it; mark: of the model,
+    see `fingerprint`; owner: the cache in use.
     """
 
-    def __init__(self, model: nn.Module, limit: int):
-        self.model = model
-        table = model.config.max_position_embeddings
-        self.limit = limit if table is None else min(limit, table - model.config.position_offset)
-        mixers = enumerate(block.mixer for block in model.model.layers)
-        self.growing = [i for i, mixer in mixers if mixer is not None and not mixer.traits.constant_state]
-        self.room = 0  # tokens for which the states keep their addresses
-        self.refused = False
-        self.replay: Replay | None = None
+    replay: Replay
+    ids: Tensor
+    logits: Tensor
+    states: list[State]
+    lengths: Tensor
+    counters: list[tuple[State, str]]
+    room: int
+    mark: tuple
+    owner: ref
 
-    def __call__(self, ids: Tensor, cache: ZooCache) -> Tensor | None:
-        """Logits `[B, 1, vocabulary]` after tokens `[B, 1]`, the cache being one token further; None: run this step as it is."""
-        seen = cache.get_seq_length()
-        if self.refused or seen >= self.limit or not recordable(ids, cache):
-            return None
-        if seen >= self.room:
-            self.room, self.replay = min(self.limit, 2 * seen + ROOM) if self.growing else self.limit, None
-            widen(cache, self.model.model.layers, self.growing, self.room)
-            return None
-        if self.replay is not None and not self._fits(ids, cache):
-            self.replay = None
-            return None
-        if self.replay is None:
-            self._record(ids, cache)
-        if self.refused:
-            return None
-        self.ids.copy_(ids)
-        self.replay()
-        self._advance(cache)
-        return self.logits.clone()
-
-    def _fits(self, ids: Tensor, cache: ZooCache) -> bool:
+    def fits(self, ids: Tensor, cache: ZooCache) -> bool:
         """Whether the recorded step is of this batch and these states."""
         same = all(layer.state is state for layer, state in zip(cache.layers, self.states, strict=True))
         return same and cache.lengths is self.lengths and ids.shape == self.ids.shape
 
-    def _record(self, ids: Tensor, cache: ZooCache) -> None:
-        """Record a step, the cache being as it was after; or refuse to, from now on."""
-        self.ids, self.lengths = ids.clone(), cache.lengths
-        self.states, seen = [layer.state for layer in cache.layers], [layer.seen for layer in cache.layers]
-        try:
-            self.replay, self.logits = record_graph(lambda: self.model.step(self.ids, cache))
-            moved = self._counters([layer.state for layer in cache.layers])
-        except (RuntimeError, ValueError) as error:
-            moved = f"{type(error).__name__}: {error}"
-        for layer, state, count in zip(cache.layers, self.states, seen, strict=True):
-            layer.state, layer.seen = state, count
-        cache.lengths = self.lengths
-        if moved is not None:
-            self.refused, self.replay = True, None
-            logger.warning("decode steps run as they are, launched one by one: recording them failed (%s)", moved)
-
-    def _counters(self, after: list[State]) -> str | None:
-        """Find the tensors whose shape alone counts tokens; a state that left its place is an obstacle, which is returned."""
-        self.counters = []
-        for index, (old, new) in enumerate(zip(self.states, after, strict=True)):
-            for name, t in old.items():
-                if t.numel() == 0 and new[name].shape != t.shape:
-                    self.counters.append((old, name))
-                elif new[name].shape != t.shape or new[name].data_ptr() != t.data_ptr():
-                    return f"state {name!r} of layer {index} moves"
-        return None
-
-    def _advance(self, cache: ZooCache) -> None:
-        """What a step changes on the host."""
+    def step(self, ids: Tensor, cache: ZooCache) -> Tensor:
+        """Do it, and on the host what belongs to it: logits `[B, 1, vocabulary]`."""
+        self.ids.copy_(ids)
+        self.replay()
         for layer in cache.layers:
             layer.seen += 1
         longer: dict[tuple, Tensor] = {}
@@ -146,6 +109,139 @@ class Steps:
             if key not in longer:
                 longer[key] = t.new_empty(t.shape[0], t.shape[1] + 1, *t.shape[2:])
             state[name] = longer[key]
+        return self.logits.clone()
+
+    def adopt(self, ids: Tensor, cache: ZooCache) -> bool:
+        """Move what the cache holds to where this step reads it; whether that is possible."""
+        pairs = [(old, layer.state) for old, layer in zip(self.states, cache.layers, strict=True)]
+        alike = all(old.keys() == new.keys() and all(_alike(old[n], new[n]) for n in old) for old, new in pairs)
+        if not alike or ids.shape != self.ids.shape:
+            return False
+        for (old, new), layer in zip(pairs, cache.layers, strict=True):
+            old.update({name: put(old[name], t) for name, t in new.items()})
+            layer.state = old
+        cache.lengths = put(self.lengths, cache.lengths)
+        self.owner = ref(cache)
+        return True
+
+
+def _alike(old: Tensor, new: Tensor) -> bool:
+    return old.dtype == new.dtype and old.device == new.device and (old.shape == new.shape or old.numel() == new.numel() == 0)
+
+
+def forget(model: nn.Module) -> None:
+    """Give back what is kept of a model's last call."""
+    _kept.pop(model, None)
+
+
+class Steps:
+    """The decode steps of one model on one cache, recorded at the second and replayed from then on.
+
+    The first runs as it is: kernels compile, and states come to the addresses that they keep. States that grow get room for twice
+    the tokens there are, up to `limit`; when that is used up there is more room, another step as it is, and another recording.
+    The next call takes the recording over, if it has as many rows and states that are small beside the model; see `forget`.
+
+    Args:
+        model: a `ZooForCausalLM`. Its weights and settings must stay what they are.
+        limit: no more tokens than this come.
+        keep: nobody else refers to the cache, so that its states may be another's afterwards.
+    """
+
+    def __init__(self, model: nn.Module, limit: int, keep: bool = False):
+        self.model, self.keep = model, keep
+        table = model.config.max_position_embeddings
+        self.limit = limit if table is None else min(limit, table - model.config.position_offset)
+        mixers = enumerate(block.mixer for block in model.model.layers)
+        self.growing = [i for i, mixer in mixers if mixer is not None and not mixer.traits.constant_state]
+        self.room = 0  # tokens for which the states keep their addresses
+        self.refused = False
+        self.recording: Recording | None = None
+
+    def __call__(self, ids: Tensor, cache: ZooCache) -> Tensor | None:
+        """Logits `[B, 1, vocabulary]` after tokens `[B, 1]`, the cache being one token further; None: run this step as it is."""
+        seen = cache.get_seq_length()
+        if self.refused or seen >= self.limit or not recordable(ids, cache):
+            return None
+        if seen >= self.room:
+            self.recording = None
+            if not self._take_over(ids, cache):
+                self.room = self._wanted(seen)
+                widen(cache, self.model.model.layers, self.growing, self.room)
+                return None
+        if self.recording is not None and not self.recording.fits(ids, cache):
+            self.recording = None
+            return None
+        if self.recording is None:
+            self._record(ids, cache)
+        return None if self.recording is None else self.recording.step(ids, cache)
+
+    def _wanted(self, seen: int) -> int:
+        """For how many tokens there should be room: a whole number of grains, so that calls of like lengths agree."""
+        return -(-min(self.limit, 2 * seen + ROOM) // GRAIN) * GRAIN if self.growing else self.limit
+
+    def _take_over(self, ids: Tensor, cache: ZooCache) -> bool:
+        """Go on with what an earlier call recorded, if nobody uses it, nothing has changed and its room is about what is wanted."""
+        kept = _kept.pop(self.model, None) if self.keep and not self.room else None
+        if kept is None or kept.owner() is not None or kept.mark != fingerprint(self.model):
+            return False
+        if self.growing:
+            if not cache.get_seq_length() < kept.room <= 2 * self._wanted(cache.get_seq_length()):
+                return False
+            widen(cache, self.model.model.layers, self.growing, kept.room)
+        if not kept.adopt(ids, cache):
+            return False
+        self.recording, self.room = kept, kept.room if self.growing else self.limit
+        _kept[self.model] = kept
+        return True
+
+    def _record(self, ids: Tensor, cache: ZooCache) -> None:
+        """Record a step, the cache being as it was after; or refuse to, from now on."""
+        ids, lengths = ids.clone(), cache.lengths
+        before = [(layer.state, layer.seen) for layer in cache.layers]
+        try:
+            replay, logits = record_graph(lambda: self.model.step(ids, cache))
+            counters, moved = _compare([state for state, _ in before], [layer.state for layer in cache.layers])
+        except (RuntimeError, ValueError) as error:
+            moved = f"{type(error).__name__}: {error}"
+        for layer, (state, seen) in zip(cache.layers, before, strict=True):
+            layer.state, layer.seen = state, seen
+        cache.lengths = lengths
+        if moved:
+            self.refused = True
+            logger.warning("decode steps run as they are, launched one by one: recording them failed (%s)", moved)
+            return
+        states, mark = [state for state, _ in before], fingerprint(self.model)
+        self.recording = Recording(replay, ids, logits, states, lengths, counters, self.room, mark, ref(cache))
+        if self.keep and SMALL * cache.nbytes() <= sum(p.nbytes for p in self.model.parameters()):
+            _kept[self.model] = self.recording
+
+
+def _compare(before: list[State], after: list[State]) -> tuple[list[tuple[State, str]], str]:
+    """The tensors whose shape alone counts tokens, and which state left its place during a step, if any did."""
+    counters = []
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        for name, t in old.items():
+            if t.numel() == 0 and new[name].shape != t.shape:
+                counters.append((old, name))
+            elif new[name].shape != t.shape or new[name].data_ptr() != t.data_ptr():
+                return [], f"state {name!r} of layer {index} moves"
+    return counters, ""
+
+
+def fingerprint(model: nn.Module) -> tuple:
+    """What a recorded step depends on besides its inputs: where the weights are, and how every module is set."""
+    places = tuple(t.data_ptr() for t in (*model.parameters(), *model.buffers()))
+    settings = tuple(_plain(vars(module)) for module in model.modules())
+    return places, settings, _plain(vars(model.config)), dispatch._preferred, torch.is_inference_mode_enabled()
+
+
+def _plain(value: object) -> object:
+    """A value to be compared later: numbers, names and collections of such as they are, anything else by its identity."""
+    if isinstance(value, dict):
+        return tuple((key, _plain(item)) for key, item in value.items() if key not in ("_parameters", "_buffers", "_modules"))
+    if isinstance(value, list | tuple | set):
+        return tuple(_plain(item) for item in value)
+    return value if isinstance(value, bool | int | float | str | None) else id(value)
 
 
 def recordable(ids: Tensor, cache: ZooCache) -> bool:

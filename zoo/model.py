@@ -215,10 +215,13 @@ class ZooGenerationMixin(GenerationMixin):
         kind = generation_config.cache_implementation
         if kind not in (None, "dynamic", "static"):
             raise ValueError(f"cache_implementation={kind!r} does not suit a zoo model; use 'dynamic' or 'static'")
-        if model_kwargs.get("past_key_values") is None:
+        model_kwargs.pop("position_ids", None)  # a zoo model counts positions itself
+        own = model_kwargs.get("past_key_values") is None
+        if own:
             model_kwargs["past_key_values"] = ZooCache(len(self.model.layers), max_cache_length + 1 if kind == "static" else None)
         if obstacle(self) is None:
-            model_kwargs["steps"] = Steps(self, max_cache_length + 1)
+            keep = own and not generation_config.return_dict_in_generate
+            model_kwargs["steps"] = Steps(self, max_cache_length + 1, keep)
 
 
 class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):

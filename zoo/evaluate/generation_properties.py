@@ -2,17 +2,17 @@
 
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from unittest import mock
 
 import torch
 
 from zoo import decode
-from zoo.evaluate import tape
 from zoo.evaluate.closeness import assert_close
 from zoo.evaluate.conformance import LENGTH, refused
 from zoo.evaluate.model_properties import PAD, left_padded, of_models, twice
 from zoo.evaluate.subject import Subject
+from zoo.evaluate.tape import Recorder
 
 
 def of_generators(function: Callable[[Subject], None]) -> Callable[[Subject], None]:
@@ -167,14 +167,17 @@ def recorded_steps_equal_plain_ones(subject: Subject) -> None:
     waits = any(getattr(module, "waits_for_device", False) for module in model.modules())
     grows = any(block.mixer is not None and not block.mixer.traits.constant_state for block in model.model.layers)
     for way in ({"do_sample": False}, {"do_sample": False, "num_beams": 3}, {"do_sample": True}):
-        written = []
-        for recorded in (False, True):
+        written, recorder = [], Recorder()
+        settings = {"DEVICE": "cpu", "ROOM": -10, "GRAIN": 1, "SMALL": 0, "record_graph": recorder}  # room that is used up soon
+        for recorded in (False, True, True):
             torch.manual_seed(0)
-            with ExitStack() as patched:
-                recorder = mock.Mock(side_effect=tape.record)
-                if recorded:
-                    for name, value in (("DEVICE", "cpu"), ("ROOM", -10), ("record_graph", recorder)):  # room that is used up soon
-                        patched.enter_context(mock.patch.object(decode, name, value))
+            recorder.count = 0
+            with mock.patch.multiple(decode, **settings) if recorded else nullcontext():
                 written.append(model.generate(ids, **common | way).tolist())
+            if len(written) == 2:
+                right = (recorder.count == 0) if waits else (recorder.count > grows)
+                assert right, f"{recorder.count} recordings with {way}"
         assert written[0] == written[1], f"recorded steps change what is written with {way}"
-        assert (recorder.call_count == 0) if waits else (recorder.call_count > grows), f"{recorder.call_count} recordings with {way}"
+        assert written[0] == written[2], f"steps recorded by an earlier call change what is written with {way}"
+        assert grows or not recorder.count, f"an earlier call's recording is not used with {way}"
+        decode.forget(model)

@@ -1,0 +1,137 @@
+"""Recorded decode steps: when they are used again, when not, and prompts read in pieces."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+import zoo
+from zoo import decode
+from zoo.evaluate import tape
+
+NAMES = ("gla-tiny", "transformer-tiny", "hybrid-tiny")
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """Counts recordings, on tape where there is no GPU, and keeps all of them for the next call."""
+    made = tape.Recorder()
+    for name, value in (("DEVICE", "cpu"), ("SMALL", 0), ("record_graph", made)):
+        monkeypatch.setattr(decode, name, value)
+    return made
+
+
+def make(name: str):
+    torch.manual_seed(0)
+    model = zoo.from_config(name, vocab_size=40)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight) * 0.2)
+    return model.eval()
+
+
+def write(model, batch: int = 2, length: int = 5, tokens: int = 8, recorded: bool = True, **options):
+    ids = torch.randint(3, 40, (batch, length), generator=torch.Generator().manual_seed(length))
+    given = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with mock.patch.object(decode, "DEVICE", "cpu" if recorded else "none"):
+        return model.generate(ids, max_new_tokens=tokens, **given | options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recording_serves_the_next_call(name, recorder):
+    model = make(name)
+    for length, tokens in ((5, 8), (9, 12), (2, 30)):
+        assert torch.equal(write(model, length=length, tokens=tokens), write(model, length=length, tokens=tokens, recorded=False))
+    assert recorder.count == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_changes_is_recorded_again(name, recorder):
+    model = make(name)
+    mixer = model.model.layers[0]
+
+    def scale_weights():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight * -1)
+
+    changes = (scale_weights, model.train, model.eval, lambda: setattr(model.config, "logit_softcap", 1e-3), lambda: setattr(mixer, "x", 1))
+    write(model)
+    for count, change in enumerate(changes, start=2):
+        change()
+        assert torch.equal(write(model), write(model, recorded=False)) and recorder.count == count
+    write(model, batch=3)
+    assert recorder.count == len(changes) + 2
+    write(model, batch=3)
+    assert recorder.count == len(changes) + 2
+    decode.forget(model)
+    write(model, batch=3)
+    assert recorder.count == len(changes) + 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_that_is_returned_stays_its_owners(name, recorder):
+    model = make(name)
+    first = write(model, return_dict_in_generate=True)
+    kept = {n: t.clone() for n, t in first.past_key_values.layers[0].state.items()}
+    write(model, length=7), write(model, length=4)
+    assert all(torch.equal(t, kept[n]) for n, t in first.past_key_values.layers[0].state.items())
+    longer = torch.cat([first.sequences, first.sequences[:, :2]], dim=1)
+    given = {"attention_mask": torch.ones_like(longer), "max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with mock.patch.object(decode, "DEVICE", "none"):
+        expected = model.generate(longer, **given)
+    given["past_key_values"] = first.past_key_values
+    assert torch.equal(model.generate(longer, **given), expected)
+
+
+def test_states_that_are_large_beside_the_model_are_given_back(recorder, monkeypatch):
+    monkeypatch.setattr(decode, "SMALL", 8)
+    model = make("gla-tiny")
+    write(model, batch=1), write(model, batch=1)
+    assert recorder.count == 1
+    write(model, batch=64), write(model, batch=64)
+    assert recorder.count == 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hooks_are_called_in_every_step(name, recorder):
+    model, calls = make(name), []
+    expected = write(model)
+    handle = model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
+    assert torch.equal(write(model), expected) and len(calls) == 8
+    handle.remove()
+    assert torch.equal(write(model), expected) and recorder.count == 1
+
+
+def test_what_cannot_be_recorded_runs_as_it_is(recorder, caplog):
+    model = make("gla-tiny")
+    expected = write(model, recorded=False)
+    norm = model.model.norm.forward
+    model.model.norm.forward = lambda x: norm(x) * float(x.isfinite().all())  # waits for the device
+    assert torch.equal(write(model), expected) and recorder.count == 1
+    assert "launched one by one" in caplog.text and "waits for the device" in caplog.text
+
+
+def test_a_table_of_positions_still_ends_somewhere(recorder):
+    model = zoo.from_config("gpt2-tiny")
+    table = model.config.max_position_embeddings
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        write(model, length=table - 3, tokens=20)
+    assert recorder.count == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("pads", [0, 3, 14])
+def test_long_prompts_are_read_in_pieces(name, pads, monkeypatch):
+    model, ids = make(name), torch.randint(3, 40, (2, 23))
+    mask = torch.ones_like(ids)
+    mask[0, :pads], mask[1, : pads // 2] = 0, 0
+    lengths = []
+    model.model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, past_key_values=zoo.ZooCache(len(model.model.layers)), logits_to_keep=2).logits
+        monkeypatch.setattr(decode, "PIECE", 10)
+        cache = zoo.ZooCache(len(model.model.layers))
+        cut = model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=2).logits
+    first = min(5 + pads // 2, 18)
+    assert lengths[0] == 23 == sum(lengths[1:]) == cache.get_seq_length() and lengths[1] == first and max(lengths[2:]) <= 5
+    torch.testing.assert_close(cut, whole)
+    assert cut.shape[1] == 2 and cache.lengths.tolist() == mask.sum(1).tolist()
