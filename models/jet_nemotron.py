@@ -88,7 +88,8 @@ class DynamicConv(Layer):
         kernels = self.up(F.silu(self.down(source))).unflatten(-1, (self.width, self.kernel))
         places, y = torch.eye(self.kernel, dtype=x.dtype, device=x.device), torch.zeros_like(x)
         for place in range(self.kernel):
-            past, after = ops.short_conv(x, places[place].expand(self.width, -1), state=state, packing=packing)
+            before = None if state is None else state.clone()  # a step may write the new state over what it is given
+            past, after = ops.short_conv(x, places[place].expand(self.width, -1), state=before, packing=packing)
             y = y + kernels[..., place] * past
         return F.silu(y), after
 

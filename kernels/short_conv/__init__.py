@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.checks import Shapes, float_dtype
-from zoo.kernels.dispatch import Backend, Op, kept
+from zoo.kernels.dispatch import Backend, Op, kept, states_in_place
 from zoo.kernels.packing import Packing
 from zoo.kernels.short_conv import chunked, reference
 
@@ -68,7 +68,7 @@ def short_conv(
 
 def step(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, state: Tensor, activation: str | None = None) -> Tensor:
     """One token, `[B, D]` -> `[B, D]`; `state` `[B, W - 1, D]` is updated in place (no gradient)."""
-    with torch.no_grad():
+    with torch.no_grad(), states_in_place():
         out, new = short_conv(x.unsqueeze(1), weight, bias, activation=activation, state=state)
     return kept(out, new, state)
 
@@ -112,6 +112,7 @@ OP = Op(
     along_time=("x",),
     meta=_meta,
     fused="zoo.kernels.short_conv.fused",
+    step="zoo.kernels.short_conv.fused",
     obstacle=_obstacle,
     cases={"silu": _case(), "linear": _case(bias=False, activation=None), "wide": _case(9), "pointwise": _case(1)},
     call=short_conv,

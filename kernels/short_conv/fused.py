@@ -76,7 +76,7 @@ def forward(
     x_b, x_t, o_b, o_t, s_b, s_i, l_b, l_i, w_d, w_w, D,
     W: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, SILU: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """OUT, and LAST, the last W - 1 inputs of every sequence, which may be STATE itself. Programs: segments x blocks of channels."""
+    """OUT, and LAST, the last W - 1 inputs of every sequence. Programs: segments x blocks of channels."""
     blocks = tl.cdiv(D, BD)
     segment, c = (tl.program_id(0) // blocks).to(tl.int64), (tl.program_id(0) % blocks) * BD + tl.arange(0, BD)
     row, start, stop = segment_of(TABLE, segment)
@@ -104,7 +104,10 @@ def forward(
             tl.store(OUT + (t + i) * o_t, y.to(OUT.dtype.element_ty), mask=inside & (i < length - t))
             window += (x,)
             window = window[1:]
-    if is_last:
+    if AHEAD == 1:  # there was one token at the most, and the window is where it should be; LAST may be STATE
+        for i in tl.static_range(W - 1):
+            tl.store(LAST + n * l_b + i * l_i + c, window[i].to(LAST.dtype.element_ty), mask=inside)
+    elif is_last:
         for i in tl.static_range(W - 1):
             before = length + i < W - 1 and is_first  # still of the old state
             x = tl.load(X + (length + i - W + 1) * x_t, mask=inside & (before == 0), other=0.0)
@@ -207,21 +210,25 @@ class Problem:
         return like.new_zeros(shape) if otherwise is None else otherwise.to(like.dtype, copy=True)
 
 
+def convolved(x, weight, bias, state, silu: bool, cu_seqlens: Tensor | None, into: Tensor | None = None) -> tuple[Tensor, Tensor, Problem]:
+    p = Problem(x, weight, cu_seqlens)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    last = p.window(x, state) if into is None or into.dtype != x.dtype else into
+    launch(
+        forward, p.programs,
+        x, weight, bias, state, out, last, p.segments.table, p.segments.first,
+        *strides(x)[:2], *strides(out)[:2], *strides(state)[:2], *strides(last)[:2], *weight.stride(), p.channels,
+        W=p.width, BD=p.block, AHEAD=p.ahead, SILU=silu, SPLIT=p.segments.split, num_warps=WARPS,
+    )  # fmt: skip
+    return out, last, p
+
+
 class _ShortConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, state, silu: bool, cu_seqlens):
-        x = rows(x)
-        bias, state = (None if t is None else t.contiguous() for t in (bias, state))
-        p = Problem(x, weight, cu_seqlens)
-        out, last = torch.empty_like(x, memory_format=torch.contiguous_format), p.window(x, state)
-        launch(
-            forward, p.programs,
-            x, weight, bias, state, out, last, p.segments.table, p.segments.first,
-            *strides(x)[:2], *strides(out)[:2], *strides(state)[:2], *strides(last)[:2], *weight.stride(), p.channels,
-            W=p.width, BD=p.block, AHEAD=p.ahead, SILU=silu, SPLIT=p.segments.split, num_warps=WARPS,
-        )  # fmt: skip
+        out, last, ctx.problem = convolved(x, weight, bias, state, silu, cu_seqlens)
         ctx.save_for_backward(x, weight, bias, state)
-        ctx.problem, ctx.silu = p, silu
+        ctx.silu = silu
         ctx.set_materialize_grads(False)
         return out, last
 
@@ -251,6 +258,11 @@ class _ShortConv(torch.autograd.Function):
         return dx, dweight, dbias, dstate, None, None
 
 
-def short_conv(x, weight, bias, state, activation: str | None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
-    """See `zoo.kernels.short_conv.short_conv`."""
-    return _ShortConv.apply(x, weight, bias, state, activation == "silu", None if packing is None else packing.cu_seqlens)
+def short_conv(
+    x, weight, bias, state, activation: str | None, packing: Packing | None = None, into: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """See `zoo.kernels.short_conv.short_conv`. For a single token the new state is written to `into` if that has x's dtype."""
+    x, cu_seqlens = rows(x), None if packing is None else packing.cu_seqlens
+    bias, state = (None if t is None else t.contiguous() for t in (bias, state))
+    given = x, weight, bias, state, activation == "silu", cu_seqlens
+    return _ShortConv.apply(*given) if into is None else convolved(*given, into)[:2]
