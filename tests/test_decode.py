@@ -124,14 +124,17 @@ def test_long_prompts_are_read_in_pieces(name, pads, monkeypatch):
     model, ids = make(name), torch.randint(3, 40, (2, 23))
     mask = torch.ones_like(ids)
     mask[0, :pads], mask[1, : pads // 2] = 0, 0
-    lengths = []
+    lengths, cache = [], zoo.ZooCache(len(model.model.layers))
     model.model.register_forward_pre_hook(lambda module, args: lengths.append(args[0].shape[1]))
+    given = {"attention_mask": mask, "logits_to_keep": 2}
     with torch.no_grad():
-        whole = model(ids, attention_mask=mask, past_key_values=zoo.ZooCache(len(model.model.layers)), logits_to_keep=2).logits
+        whole = model(ids, use_cache=False, **given).logits
         monkeypatch.setattr(decode, "PIECE", 10)
-        cache = zoo.ZooCache(len(model.model.layers))
-        cut = model(ids, attention_mask=mask, past_key_values=cache, logits_to_keep=2).logits
-    first = min(5 + pads // 2, 18)
-    assert lengths[0] == 23 == sum(lengths[1:]) == cache.get_seq_length() and lengths[1] == first and max(lengths[2:]) <= 5
-    torch.testing.assert_close(cut, whole)
-    assert cut.shape[1] == 2 and cache.lengths.tolist() == mask.sum(1).tolist()
+        assert torch.equal(model(ids, use_cache=False, **given).logits, whole) and lengths == [23, 23]
+        cut = model(ids, past_key_values=cache, **given).logits
+        assert lengths[2] == min(5 + pads // 2, 18) and max(lengths[3:]) <= 5 and sum(lengths[2:]) == 23 == cache.get_seq_length()
+        torch.testing.assert_close(cut, whole)
+        assert cache.lengths.tolist() == mask.sum(1).tolist()
+        created = model(ids, use_cache=True, **given)
+        torch.testing.assert_close(created.logits, whole)
+        assert max(lengths[-2:]) <= 5 and created.past_key_values.lengths.tolist() == mask.sum(1).tolist()

@@ -257,7 +257,7 @@ class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
         """Next-token logits, and with `labels` `[B, T]` (-100 ignored, shifted here) the mean cross-entropy.
 
         Args:
-            logits_to_keep: the last so many positions, or indices; 0 keeps all. Into a cache, and without gradients, a long prompt
+            logits_to_keep: the last so many positions, or indices; 0 keeps all. With a cache, and without gradients, a long prompt
                 whose last logits are wanted is read in pieces: so the memory that it takes besides does not grow with it.
             skip_logits: return the loss alone, computed in chunks, so that the logits never stand in memory whole.
             steps: what recorded the decode steps of `past_key_values`, from `generate`.
@@ -267,12 +267,14 @@ class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
             ValueError: `skip_logits` without labels.
         """
         others = [inputs_embeds, labels, *_without(kwargs).values(), self.config.output_hidden_states]
-        if input_ids is not None and past_key_values is not None and all(value is None or value is False for value in others):
-            logits = None if steps is None else steps(input_ids, past_key_values)
+        if input_ids is not None and all(value is None or value is False for value in others):
+            logits = None if steps is None or past_key_values is None else steps(input_ids, past_key_values)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
             if position_ids is None or attention_mask is not None:
-                input_ids = self._read_ahead(input_ids, attention_mask, past_key_values, logits_to_keep)
+                wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+                keep = logits_to_keep if wanted or past_key_values is not None else 0
+                input_ids, past_key_values = self._read_ahead(input_ids, attention_mask, past_key_values, keep)
         out = self.model(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, return_dict=True, **_without(kwargs)
         )
@@ -295,15 +297,17 @@ class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
         out = self.model(input_ids, past_key_values=cache, use_cache=True, return_dict=True)
         return self._logits(out.last_hidden_state)
 
-    def _read_ahead(self, input_ids: Tensor, attention_mask: Tensor | None, cache: ZooCache, keep: int | Tensor) -> Tensor:
-        """Read all pieces of a long prompt but the last, if the last `keep` logits are all that is wanted: what is left to read."""
+    def _read_ahead(
+        self, input_ids: Tensor, attention_mask: Tensor | None, cache: ZooCache | None, keep: int | Tensor
+    ) -> tuple[Tensor, ZooCache | None]:
+        """Read all pieces of a long prompt but the last, if the last `keep` logits are all that is wanted: what is left, and the cache."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not isinstance(keep, int) or keep <= 0:
-            return input_ids
+            return input_ids, cache
         length, starts = input_ids.shape[1], pieces(*input_ids.shape, keep, attention_mask)
         for start, stop in pairwise(starts):
             mask = None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - length + stop]
-            self.model(input_ids[:, start:stop], mask, past_key_values=cache, use_cache=True)
-        return input_ids[:, starts[-1] :]
+            cache = self.model(input_ids[:, start:stop], mask, past_key_values=cache, use_cache=True).past_key_values
+        return input_ids[:, starts[-1] :], cache
 
     def _logits(self, states: Tensor) -> Tensor:
         """The head, with scale and cap where the config asks for them."""
