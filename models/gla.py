@@ -75,7 +75,8 @@ class GLAMixer(Mixer):
             parts, after = convolve_together(parts, self.conv, state, packing)
         q, k, v = (split_heads(part, heads) for part, heads in zip(parts, (self.heads, self.groups, self.groups), strict=True))
         log_decay = split_heads(F.logsigmoid(wide(self.decay_proj(x))) / self.temperature, self.groups)
-        log_decay = log_decay.repeat_interleave(self.heads // self.groups, dim=2)
+        if self.groups < self.heads:
+            log_decay = log_decay.repeat_interleave(self.heads // self.groups, dim=2)
         o, after["memory"] = ops.linear_attention(q, k, v, log_decay, state=state["memory"] if state else None, packing=packing)
         return self.out_proj(merge_heads(self.norm(o, split_heads(self.gate_proj(x), self.heads)))), after
 

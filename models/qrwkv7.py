@@ -112,7 +112,8 @@ class QRWKV7Mixer(RADMixer):
         mixed, after = dict.fromkeys(READERS, x), {}
         if self.shifts:
             before, after["shift"] = token_shift(x, state["shift"] if state else None, packing)
-            mixed |= {name: x + (before - x) * self.shift_mix[name] for name in self.readers}
+            back = before - x
+            mixed |= {name: torch.addcmul(x, back, self.shift_mix[name]) for name in self.readers}
         r, k, v, seen = self.project(mixed["r"], mixed["k"], mixed["v"], state, packing)
         log_decay = split_heads(-DECAY * wide(self.decay_proj(mixed["w"])).sigmoid(), self.heads)
         rate = split_heads(wide(self.rate_proj(mixed["a"])).sigmoid().to(k.dtype), self.heads)

@@ -116,7 +116,7 @@ class RWKV6Mixer(Mixer):
         before, shift = token_shift(x, state["shift"] if state else None, packing)
         back = before - x
         ranks = torch.tanh(self.mix_down(x + back * self.mix)).chunk(5, dim=-1)
-        for_decay, for_k, for_v, for_r, for_gate = (x + back * up(low) for up, low in zip(self.mix_up, ranks, strict=True))
+        for_decay, for_k, for_v, for_r, for_gate = (torch.addcmul(x, back, up(low)) for up, low in zip(self.mix_up, ranks, strict=True))
         log_decay = -wide(self.decay_proj(for_decay)).exp()
         tensors = (self.r_proj(for_r), self.k_proj(for_k), self.v_proj(for_v), log_decay)
         r, k, v, log_decay = (split_heads(t, self.heads) for t in tensors)

@@ -125,14 +125,15 @@ class RWKV7Mixer(Mixer):
         self, x: Tensor, state: State | None = None, packing: Packing | None = None, carry: Tensor | None = None
     ) -> tuple[Tensor, State, Tensor]:
         before, shift = token_shift(x, state["shift"] if state else None, packing)
-        xr, xw, xk, xv, xa, xg = (x + (before - x) * self.shift_mix[name] for name in SHIFTS)
+        back = before - x
+        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, back, self.shift_mix[name]) for name in SHIFTS)
         r, k, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
         log_decay = -DECAY * wide(self.decay_proj(xw)).sigmoid()
-        rate = wide(self.rate_proj(xa)).sigmoid().to(k.dtype)
+        rate = self.rate_proj(xa).sigmoid()
         if carry is None:
             carry = v
         elif self.residual_proj is not None:
-            v = v + (carry - v) * wide(self.residual_proj(xv)).sigmoid().to(v.dtype)
+            v = torch.lerp(v, carry, self.residual_proj(xv).sigmoid())
         removal, k = k * self.k_k.to(k.dtype), k + k * (rate - 1) * self.k_a.to(k.dtype)
         r, k, v, rate, removal, log_decay = (split_heads(t, self.heads) for t in (r, k, v, rate, removal, log_decay))
         removal = unit_length(removal, eps=1e-12)

@@ -154,7 +154,7 @@ class SoftplusDecay(Layer):
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
     def forward(self, x: Tensor) -> Tensor:
-        step = nn.functional.softplus(wide(x) + wide(self.dt_bias))
+        step = nn.functional.softplus(x + wide(self.dt_bias))  # the sum is as wide as the wider of both
         rate = wide(self.A_log).exp()
         return -rate * step if self.channels is None else -rate.unsqueeze(-1) * split_heads(step, self.heads)
 
@@ -167,8 +167,9 @@ def orthogonal(weight: Tensor, gain: float = 1.0) -> None:
 
 def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(sum(x^2) + eps)` over the last dimension, in the dtype of x."""
-    exact = wide(x)
-    return (exact * torch.rsqrt(exact.square().sum(-1, keepdim=True) + eps)).to(x.dtype)
+    channels = x.shape[-1]
+    share = torch.full((channels,), channels**-0.5, dtype=wide(x[:0]).dtype, device=x.device)
+    return ops.gated_norm(x, share, eps=eps / channels)
 
 
 class BlockLinear(Layer):
@@ -292,6 +293,8 @@ def check_rope_scaling(scaling: dict | None) -> None:
 
 def token_shift(x: Tensor, state: Tensor | None = None, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
     """The token before each token, zeros (or `state` `[B, 1, D]`) before the first; and the state after, the last token."""
+    if x.shape[1] == 1 and packing is None and state is not None:
+        return state.to(x.dtype), x
     weight = x.new_zeros(x.shape[-1], 2)
     weight[:, 0] = 1.0
     return ops.short_conv(x, weight, state=state, packing=packing)

@@ -82,11 +82,12 @@ class SSDMixer(Mixer):
         mixed, conv = self.conv(mixed, state["conv"] if state else None, packing)
         u, B, C = mixed.split([self.inner, shared, shared], dim=-1)
         u, B, C = split_heads(u, self.heads), split_heads(B, self.groups), split_heads(C, self.groups)
-        dt = F.softplus(wide(dt) + wide(self.dt_bias)).clamp(min=self.dt_floor)
+        dt = F.softplus(dt + wide(self.dt_bias))  # the sum is as wide as the wider of both
+        dt = dt.clamp(min=self.dt_floor) if self.dt_floor else dt
         log_decay = -dt * wide(self.A_log).exp()
-        v = (wide(u) * dt.unsqueeze(-1)).to(u.dtype)
+        v = (u * dt.unsqueeze(-1)).to(u.dtype)
         memory = state["memory"] if state else None
         y, memory = ops.linear_attention(C, B, v, log_decay, scale=1.0, state=memory, packing=packing)
-        y = merge_heads(y + self.D.to(u.dtype).unsqueeze(-1) * u)
+        y = merge_heads(torch.addcmul(y, self.D.to(u.dtype).unsqueeze(-1), u))
         y = y * F.silu(z) if self.norm is None else self.norm(y, z)
         return self.out_proj(y), {"conv": conv, "memory": memory}
