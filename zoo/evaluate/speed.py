@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from zoo.config import ZooConfig
+from zoo.decode import Steps, obstacle
+from zoo.model import ZooForCausalLM
 
 
 class Speed(NamedTuple):
@@ -24,18 +26,24 @@ def generation_speed(model: nn.Module, prompt: Tensor, tokens: int = 32) -> Spee
     """
     if tokens < 1:
         raise ValueError(f"tokens is {tokens}, at least one must be written")
-    prompt = prompt.to(next(model.parameters()).device)
-    warm = model(input_ids=prompt[:, :8], use_cache=True)
-    model(input_ids=prompt[:, :1], past_key_values=warm.past_key_values, use_cache=True)
+    prompt, more = prompt.to(next(model.parameters()).device), {}
 
+    def write(count: int, out):
+        for _ in range(count):
+            ids = out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=ids, past_key_values=out.past_key_values, use_cache=True, **more)
+        return out
+
+    write(1, model(input_ids=prompt[:, :8], use_cache=True))
     start = _now(prompt.device)
     out = model(input_ids=prompt, use_cache=True, logits_to_keep=1)
     read = _now(prompt.device) - start
+    if isinstance(model, ZooForCausalLM) and obstacle(model) is None:
+        more["steps"] = Steps(model, prompt.shape[1] + tokens + 2)
+    out = write(2, out)  # after which steps are recorded
     start = _now(prompt.device)
-    for _ in range(tokens):
-        out = model(input_ids=out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
-    write = _now(prompt.device) - start
-    return Speed(prompt.numel() / read, prompt.shape[0] * tokens / write)
+    write(tokens, out)
+    return Speed(prompt.numel() / read, prompt.shape[0] * tokens / (_now(prompt.device) - start))
 
 
 def state_bytes(model: nn.Module, length: int, dtype: torch.dtype = torch.float32) -> int:
