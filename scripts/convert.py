@@ -85,7 +85,7 @@ def job_of(args: argparse.Namespace) -> Job:
     if args.aligned is not None:
         aligned = os.path.abspath(args.aligned)
         method = replace(method, stages=tuple(stage for stage in method.stages if stage.target in ("logits", "tokens")) or method.stages)
-    return Job(path, method, data_of(args, path), args.seed, aligned)
+    return Job(path, method, data_of(args, path), args.seed, aligned, stream=args.stream)
 
 
 def data_of(args: argparse.Namespace, teacher: str) -> tuple[str, ...]:
@@ -157,6 +157,7 @@ def parser() -> argparse.ArgumentParser:
             continue
         data_arguments(sub)
         sub.add_argument("-o", "--output", required=True, help="folder for the student")
+        sub.add_argument("--stream", action="store_true", help="hold one layer at a time in alignment (by itself where memory is short)")
         sub.add_argument("--aligned", metavar="FOLDER", help="a finished run that kept no attention: begin from its mixers, and skip "
                          "the stages that compare layers")  # fmt: skip
         sub.add_argument("--force", action="store_true", help="begin anew where the folder holds another conversion")

@@ -10,7 +10,7 @@ In a pattern `{}` stands for a number and `{a,b}` for one of several spellings; 
 same order, so that every rule reads in both directions. Patterns name keys as a model with a head has them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -195,10 +195,14 @@ class Layout:
     trials: dict[str, dict] = field(default_factory=dict)
     forgets: tuple[str, ...] = ()
 
-    def to_zoo(self, state: State, model, *, other_task: bool = False, dtype: torch.dtype | None = None) -> tuple[State, Report]:
+    def to_zoo(
+        self, state: Mapping[str, Tensor], model, *, other_task: bool = False, dtype: torch.dtype | None = None,
+        only: Callable[[str], bool] = lambda name: True,
+    ) -> tuple[State, Report]:  # fmt: skip
         """Our state dict from a foreign one.
 
         Args:
+            only: of our keys, which to make; others are accounted for, but not read.
             model: one of ours (on the meta device will do), for its keys, shapes and config.
             other_task: the checkpoint's head may be missing or superfluous.
             dtype: what floating tensors become, but for those that the model keeps in float32; None: as they are.
@@ -215,7 +219,7 @@ class Layout:
         loan = getattr(state, "loan", state.__getitem__)  # what is made of a tensor need not keep its file in memory
         for job in plan.jobs:
             own = [plan.own_names[name] for name in job.own]
-            if own[0] in report.fresh:
+            if own[0] in report.fresh or not only(own[0]):
                 continue
             foreign = [names[name] for name in job.foreign]
             wanted = [blank[name].shape for name in own]

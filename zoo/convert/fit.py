@@ -147,7 +147,7 @@ class Fit(Steps):
         )
         super().__init__(
             student, {name: own[name] for name in names}, lambda ids: compared(teacher, student, ids.long()), rows, stage, seed=seed,
-            paces=self._paces(stage),
+            paces={p: pace for index in self.layers for p, pace in paces(student.model.layers[index], stage).items()},
             what=[f"layer {index}" for index in self.layers] if stage.layerwise else [f"stage {stage.name!r}"],
             alone=tuple(f"model.layers.{index}." for index in self.layers) if stage.apart else ("",),
         )  # fmt: skip
@@ -160,14 +160,16 @@ class Fit(Steps):
         """Merge adapters and tie again what was tied; the student is then as any other."""
         self.loan.give_back()
 
-    def _paces(self, stage: Stage) -> dict[nn.Parameter, float]:
-        """Attention starts from the teacher's solution, other mixers from a guess, gates from zero."""
-        fast: dict[nn.Parameter, float] = {}
-        for block in (self.student.model.layers[index] for index in self.layers if stage.paced):
-            for branch in getattr(block.mixer, "branches", [block.mixer]):
-                fast |= dict.fromkeys(branch.parameters(), 1.0 if type(branch) is registry.get("transformer").mixer else 3.0)
-            fast |= {p: 30.0 for name, p in block.mixer.named_parameters(recurse=False) if name == "gate"}
-        return fast
+
+def paces(block: nn.Module, stage: Stage) -> dict[nn.Parameter, float]:
+    """How many times faster than others a replaced mixer's parameters learn: attention starts from the teacher's solution, other
+    mixers from a guess, gates from zero."""
+    fast: dict[nn.Parameter, float] = {}
+    if stage.paced:
+        for branch in getattr(block.mixer, "branches", [block.mixer]):
+            fast |= dict.fromkeys(branch.parameters(), 1.0 if type(branch) is registry.get("transformer").mixer else 3.0)
+        fast |= {p: 30.0 for name, p in block.mixer.named_parameters(recurse=False) if name == "gate"}
+    return fast
 
 
 def order(count: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:

@@ -21,17 +21,18 @@ from zoo.convert.control import CONTROLS
 from zoo.convert.data import fingerprint, read_tokens, rows_of, spread
 from zoo.convert.fit import Fit
 from zoo.convert.headers import blank_teacher
-from zoo.convert.plan import blank_student, check_memory, lacks
-from zoo.convert.recipe import Method, read_method
+from zoo.convert.plan import blank_student, check_memory, lacks, layout_config, must_stream
+from zoo.convert.recipe import Method, Stage, read_method
 from zoo.convert.report import LENGTHS, Row, write_report
 from zoo.convert.select import ALIGNED, hybrid, layer_scores, select_layers
+from zoo.convert.stream import Shelf, align, fitting, write, write_student
 from zoo.convert.student import convert, converted_layers
 from zoo.convert.teacher import load_teacher
 from zoo.evaluate.perplexity import perplexity
 from zoo.evaluate.speed import generation_speed, state_bytes
 from zoo.train.trainer import Interruption
 
-JOB, PROGRESS, REPORT = "conversion.json", "progress.pt", "report.json"
+JOB, PROGRESS, STREAMED, REPORT = "conversion.json", "progress.pt", "streamed.json", "report.json"
 HELD_ROWS, HELD_LENGTH = 16, 1024  # of held-out text, to measure perplexity on, where there is as much
 PROBED = 4  # rows on which starts are measured
 Say = Callable[[str], None]
@@ -44,6 +45,7 @@ class Job:
     Args:
         aligned: the finished folder of a conversion that aligned every layer, from whose mixers the student begins; None: none.
         control: how the student is made to begin worse, of `zoo.convert.control`; None: not.
+        stream: hold one layer at a time in the first stages, where they are compared layer by layer.
     """
 
     teacher: str
@@ -52,6 +54,7 @@ class Job:
     seed: int = 0
     aligned: str | None = None
     control: str | None = None
+    stream: bool = False
 
     def to_dict(self) -> dict:
         named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
@@ -60,7 +63,8 @@ class Job:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+        named = {name: what for name, what in self.to_dict().items() if name != "stream"}  # which may follow from the machine
+        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu", force: bool = False) -> None:
@@ -81,7 +85,12 @@ def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu",
             )
     if lacking := job.method.missing():
         raise ValueError(f"the recipe {job.method.name!r} cannot be run yet, for want of: {'; '.join(lacking)}")
-    check_memory(blank_teacher(job.teacher)[0], job.method, memory(device))
+    blank, available = blank_teacher(job.teacher)[0], memory(device)
+    job = dataclasses.replace(job, stream=job.stream or must_stream(blank, job.method, available))
+    check_memory(blank, job.method, available, job.stream)
+    if job.stream:
+        start_streamed(folder, job, say, device)
+        return
     teacher, tokenizer = open_teacher(job.teacher, device)
     train, _ = read_tokens(job.data, tokenizer, teacher.config.vocab_size)
     for stage in job.method.stages:
@@ -91,13 +100,23 @@ def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu",
     student = begin(job, teacher, kept, aligned)
     if lacking := lacks(method, student):
         raise ValueError(f"the recipe {method.name!r} would teach this student nothing: {'; '.join(lacking)}")
-    for name in (JOB, PROGRESS, REPORT):  # of what was there before
-        (folder / name).unlink(missing_ok=True)
+    clear(folder)
     student.save_pretrained(folder)
+    enter(folder, job, tokenizer)
+    say(f"layers {list(kept)} of {len(student.config.plan)} keep attention; the converted student is in {folder}")
+
+
+def clear(folder: Path) -> None:
+    """Take away what was there of another job."""
+    for name in (JOB, PROGRESS, STREAMED, REPORT):
+        (folder / name).unlink(missing_ok=True)
+
+
+def enter(folder: Path, job: Job, tokenizer) -> None:
+    """Write beside the student what was asked."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     write(folder / JOB, lambda path: path.write_text(json.dumps(job.to_dict(), indent=1) + "\n", encoding="utf-8"))
-    say(f"layers {list(kept)} of {len(student.config.plan)} keep attention; the converted student is in {folder}")
 
 
 def begin(job: Job, teacher: nn.Module, kept: Iterable[int], aligned: nn.Module | None = None) -> nn.Module:
@@ -134,13 +153,20 @@ def advance(
     folder, job = Path(folder), read_job(Path(folder))
     if (folder / REPORT).is_file() and not (folder / PROGRESS).is_file():
         raise ValueError(f"{folder} is finished; its {REPORT} has the results")
+    begun = None
+    if job.stream:
+        begun = advance_streamed(folder, job, say, device, progress, stop)
+        if begun is None or begun["stage"] == len(job.method.stages):
+            return begun is not None
     teacher, tokenizer = open_teacher(job.teacher, device)
     train, held_out = read_tokens(job.data, tokenizer, teacher.config.vocab_size)
     student = open_student(folder, device)
     fresh = blank_student(teacher, student.config)[1].fresh
     held_out = held_rows(held_out, job)
     done = load(folder, job, train, device)
-    if done is None:
+    if done is None and begun is not None:
+        done = {"fit": None} | {name: begun[name] for name in ("stage", "losses", "perplexity")}
+    elif done is None:
         measured = {"teacher": perplexity(teacher, held_out), "converted": perplexity(student, held_out)}
         done = {"stage": 0, "fit": None, "losses": {}, "perplexity": measured}
     weights = done.pop("weights", None)
@@ -193,6 +219,7 @@ def finish(folder: Path, job: Job, teacher: nn.Module, student: nn.Module, held_
     facts = {"losses": done["losses"], "digest": job.digest, "data_hash": done["data"], "kept": kept, "tokens_held_out": held_out.numel()}
     write_report(rows, done["losses"][first], job.to_dict() | facts, folder)
     (folder / PROGRESS).unlink()
+    (folder / STREAMED).unlink(missing_ok=True)
     return rows
 
 
@@ -208,9 +235,95 @@ def status(folder: str | os.PathLike) -> list[str]:
         steps = stage.steps if finished or index < done["stage"] else len(fit["history"]) if fit else 0
         loss = f", loss {sum(fit['history'][-1]) / len(fit['history'][-1]):.4g}" if fit and fit["history"] else ""
         lines.append(f"{stage.name}: {steps:,} of {stage.steps:,} steps{loss}")
+    if (folder / STREAMED).is_file() and not known:
+        streamed = json.loads((folder / STREAMED).read_text(encoding="utf-8"))
+        lines.append(f"layer by layer: {streamed['stage']} stages, and {len(streamed['layers'])} layers of the next")
+        done = done | {"perplexity": streamed["perplexity"]}
     measured = json.loads((folder / REPORT).read_text(encoding="utf-8"))["rows"] if finished else []
     found = {row["name"]: row["perplexity"] for row in measured} or done.get("perplexity", {})
     return lines + [f"perplexity of {name}: {value:.2f}" for name, value in found.items()] + ["finished"] * finished
+
+
+# -- layer by layer ------------------------------------------------------------------------------------------------------
+
+
+def start_streamed(folder: Path, job: Job, say: Say, device: str) -> None:
+    """`start` with one layer at a time."""
+    method, teacher = job.method, Shelf(job.teacher)
+    if not method.stages[0].apart:
+        raise ValueError(f"stage {method.stages[0].name!r} has no layers that learn apart from one another; leave --stream out")
+    if job.aligned is not None or job.control is not None or not (isinstance(method.keep, tuple) or method.select in ("none", "uniform")):
+        raise ValueError(
+            "layer by layer a student begins from its teacher alone, and keeps layers that are named or uniform; leave --stream out"
+        )
+    config, tokenizer = layout_config(teacher.model, method), open_tokenizer(job.teacher)
+    if lacking := lacks(method, blank_student(teacher.model, config)[0]):
+        raise ValueError(f"the recipe {method.name!r} would teach this student nothing: {'; '.join(lacking)}")
+    for stage in method.stages:
+        rows_of(read_tokens(job.data, tokenizer, config.vocab_size)[0], stage.length, "text")
+    clear(folder)
+    write_student(folder, teacher, config, inits=method.init, seed=job.seed, rows=probe(job, teacher.model), device=device)
+    enter(folder, job, tokenizer)
+    say(f"the converted student is in {folder}, written layer by layer")
+
+
+def advance_streamed(folder: Path, job: Job, say: Say, device: str, progress: bool, stop: Callable[[], bool]) -> dict | None:
+    """`advance` through the first stages, those whose layers learn apart; None if it was stopped.
+
+    Returns: the number of stages that are done, their losses, and perplexities. After the last stage the folder is finished.
+    """
+    teacher, student = Shelf(job.teacher), Shelf(folder)
+    train, held_out = read_tokens(job.data, open_tokenizer(job.teacher), teacher.model.config.vocab_size)
+    held_out, path, stages = held_rows(held_out, job), folder / STREAMED, job.method.stages
+    if path.is_file():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        check_same(folder, known, job, train)
+    else:
+        measured = {"teacher": teacher.perplexity(held_out, device), "converted": student.perplexity(held_out, device)}
+        known = {"stage": 0, "layers": {}, "rows": {}, "losses": {}, "perplexity": measured}
+        known |= {"digest": job.digest, "data": fingerprint(train)}
+
+    def keep() -> None:
+        write(path, lambda place: place.write_text(json.dumps(known), encoding="utf-8"))
+
+    fresh = blank_student(teacher.model, student.model.config)[1].fresh
+    interruption = Interruption()
+    interruption.on_train_begin(None, None, None)
+    try:
+        while known["stage"] < len(stages) and stages[known["stage"]].apart:
+            stage, seed = stages[known["stage"]], job.seed + known["stage"]
+            rows = streamed_rows(folder, train, stage, teacher, known["rows"], say)
+            whole = align(
+                folder, teacher, stage, rows, fresh=fresh, seed=seed, device=device, done=known["layers"], finished=keep,
+                stop=lambda: interruption.raised or stop(), label=stage.name if progress else None,
+            )  # fmt: skip
+            if whole:
+                known["perplexity"][stage.name] = student.perplexity(held_out, device)
+                known["losses"][stage.name] = [[loss for (loss,) in step] for step in zip(*known["layers"].values(), strict=True)]
+                known["stage"], known["layers"] = known["stage"] + 1, {}
+                say(f"{stage.name}: perplexity {known['perplexity'][stage.name]:.2f} on held-out text")
+            keep()
+            if not whole:
+                say(f"interrupted after {len(known['layers'])} layers of {stage.name}; go on with: resume {folder}")
+                return None
+    finally:
+        interruption.restore()
+    if known["stage"] == len(stages):
+        rows = [{"name": name, "perplexity": value} for name, value in known["perplexity"].items()]
+        report = job.to_dict() | {"rows": rows, "losses": known["losses"], "digest": job.digest, "data_hash": known["data"]}
+        write(folder / REPORT, lambda place: place.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"))
+        path.unlink()
+    return known
+
+
+def streamed_rows(folder: Path, train: Tensor, stage: Stage, teacher: Shelf, counts: dict[str, int], say: Say) -> Tensor:
+    """The rows of a stage, as many as the disk had room for when it began."""
+    rows = rows_of(train, stage.length, "text")
+    if stage.name not in counts:
+        counts[stage.name] = len(fitting(folder, rows, teacher.model.config.hidden_size, teacher.dtype))
+    if counts[stage.name] < len(rows):
+        say(f"the disk has room for the activations of {counts[stage.name]} of {len(rows)} rows; {stage.name} learns from these")
+    return rows[: counts[stage.name]]
 
 
 # -- its files -----------------------------------------------------------------------------------------------------------
@@ -245,13 +358,6 @@ def differences(before: Job, now: Job) -> str:
     return "; ".join(f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name])
 
 
-def write(path: Path, put: Callable[[Path], object]) -> None:
-    """Write a file that is there whole or not at all."""
-    stage = path.with_name(f".{path.name}.new")
-    put(stage)
-    os.replace(stage, path)
-
-
 def save(folder: Path, job: Job, train: Tensor, student: nn.Module, done: dict) -> None:
     content = done | {"weights": student.state_dict(), "digest": job.digest, "data": fingerprint(train)}
     write(folder / PROGRESS, lambda path: torch.save(content, path))
@@ -262,11 +368,16 @@ def load(folder: Path, job: Job, train: Tensor, device: str) -> dict | None:
     if not (folder / PROGRESS).is_file():
         return None
     done = torch.load(folder / PROGRESS, weights_only=True, map_location=device)
-    for name, now in (("digest", job.digest), ("data", fingerprint(train))):
-        if done.pop(name) != now:
-            what = "recipe" if name == "digest" else "data"
-            raise ValueError(f"{folder}: the {what} changed since {PROGRESS} was written; put it back, or begin anew with run --force")
+    check_same(folder, done, job, train)
     return done
+
+
+def check_same(folder: Path, done: dict, job: Job, train: Tensor) -> None:
+    """Raise ValueError if progress is of another recipe or other data."""
+    for name, now in (("digest", job.digest), ("data", fingerprint(train))):
+        if done[name] != now:
+            what = "recipe" if name == "digest" else "data"
+            raise ValueError(f"{folder}: the {what} changed since its progress was written; put it back, or begin anew with run --force")
 
 
 # -- teacher and data ----------------------------------------------------------------------------------------------------

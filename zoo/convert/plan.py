@@ -11,7 +11,7 @@ from zoo.convert.headers import Blueprint, size
 from zoo.convert.recipe import Method, Stage, settled
 from zoo.convert.select import even
 from zoo.convert.student import converted_layers, student_config
-from zoo.convert.trainable import count_trained, unties
+from zoo.convert.trainable import count_trained, trained, unties
 from zoo.convert.weights import Account, seed_student
 from zoo.evaluate.speed import state_bytes
 from zoo.loss import LOGITS
@@ -34,7 +34,8 @@ class Part:
 
 @dataclass
 class StagePlan:
-    """A stage's size: tokens and steps, what it trains, its FLOPs, and bytes of memory by what they hold."""
+    """A stage's size: tokens and steps, what it trains, its FLOPs, and bytes of memory by what they hold; `streamed`: by what they hold
+    where it goes layer by layer, None where it cannot."""
 
     name: str
     tokens: int
@@ -42,6 +43,7 @@ class StagePlan:
     trained: int
     flops: float
     memory: dict[str, int]
+    streamed: dict[str, int] | None = None
 
 
 @dataclass
@@ -214,19 +216,49 @@ def plan_stage(teacher: nn.Module, student: nn.Module, stage: Stage, fresh: set[
         "activations": 4 * row_tokens // stage.accumulate * (max(inside, default=0) if by_layer else sum(inside)),
         "logits": 0 if stage.layerwise else 4 * 4 * max(64 * student.config.vocab_size, LOGITS),
     }
-    return StagePlan(stage.name, stage.steps * row_tokens, stage.steps, count, float(stage.steps * stage.batch * per_row), memory)
+    streamed = streamed_memory(teacher, student, stage, fresh) | {"activations": memory["activations"]} if by_layer else None
+    flops = float(stage.steps * stage.batch * per_row)
+    return StagePlan(stage.name, stage.steps * row_tokens, stage.steps, count, flops, memory, streamed)
 
 
-def check_memory(teacher: nn.Module, method: Method, available: int) -> None:
-    """Raise ValueError for the first stage that needs more than these bytes, naming the least change that makes it fit."""
+def streamed_memory(teacher: nn.Module, student: nn.Module, stage: Stage, fresh: set[str]) -> dict[str, int]:
+    """Bytes of the largest block of either model, and of what is trained in one layer, as `zoo.convert.stream` takes a stage."""
+    blocks = [max(sum(p.numel() for p in block.parameters()) for block in model.model.layers) for model in (teacher, student)]
+    parameters, counts = dict(student.named_parameters()), Counter()
+    for name in trained(student, stage, fresh):
+        counts[name.split(".")[2]] += parameters[name].numel()
+    most = max(counts.values(), default=0)
+    return {"teacher": WEIGHT * blocks[0], "student": WEIGHT * blocks[1], "gradients": GRADIENT * most, "moments": MOMENTS * most}
+
+
+def must_stream(teacher: nn.Module, method: Method, available: int) -> bool:
+    """Whether the first stages fit into these bytes layer by layer only."""
+    plans = stage_plans(teacher, method)
+    return plans[0].streamed is not None and sum(plans[0].streamed.values()) <= available < sum(plans[0].memory.values())
+
+
+def stage_plans(teacher: nn.Module, method: Method) -> list[StagePlan]:
     student, account = blank_student(teacher, layout_config(teacher, method))
-    for stage in method.stages:
-        need = sum(plan_stage(teacher, student, stage, account.fresh).memory.values())
+    return [plan_stage(teacher, student, stage, account.fresh) for stage in method.stages]
+
+
+def check_memory(teacher: nn.Module, method: Method, available: int, stream: bool = False) -> None:
+    """Raise ValueError for the first stage that needs more than these bytes, naming the least change that makes it fit.
+
+    Args: stream: the first stages go layer by layer, where they can.
+    """
+
+    def needs(stages: tuple[Stage, ...]) -> list[int]:
+        plans = stage_plans(teacher, replace(method, stages=stages))
+        first = next((index for index, plan in enumerate(plans) if plan.streamed is None), len(plans))
+        return [sum((plan.streamed if stream and index < first else plan.memory).values()) for index, plan in enumerate(plans)]
+
+    for index, (stage, need) in enumerate(zip(method.stages, needs(method.stages), strict=True)):
         if need <= available:
             continue
         for passes in (n for n in range(2, stage.batch + 1) if stage.batch % n == 0):
-            less = replace(stage, accumulate=passes)
-            if sum(plan_stage(teacher, student, less, account.fresh).memory.values()) <= available:
+            less = (*method.stages[:index], replace(stage, accumulate=passes), *method.stages[index + 1 :])
+            if needs(less)[index] <= available:
                 remedy = f"--set {stage.name}.accumulate={passes} would fit"
                 break
         else:

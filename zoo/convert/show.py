@@ -57,6 +57,7 @@ def stage_text(stage) -> list[str]:
     return [
         f"{stage.name}: {stage.tokens:,} tokens in {stage.steps:,} steps, {stage.trained:,} parameters trained, {stage.flops:.3g} FLOPs",
         f"  memory {amount(sum(stage.memory.values()))}: {parts}",
+        *([] if stage.streamed is None else [f"  memory {amount(sum(stage.streamed.values()))} layer by layer (--stream)"]),
     ]
 
 
