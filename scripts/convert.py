@@ -12,6 +12,7 @@ card     what a finished conversion is worth, and whether it may be called done
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import shlex
@@ -23,11 +24,12 @@ import yaml
 
 from zoo.convert import prepare_teacher
 from zoo.convert.card import Measures, make_card
+from zoo.convert.cost import assumed, measure_pace
 from zoo.convert.data import deadline, read_tokens, rows_of, sample_tokens, spread
 from zoo.convert.draw import models_rows, write_selection
 from zoo.convert.folder import Job, advance, finished, open_student, open_teacher, start, status
 from zoo.convert.headers import blank_teacher, read_blueprint
-from zoo.convert.plan import make_plan
+from zoo.convert.plan import check_memory, make_plan
 from zoo.convert.recipe import Method, choose, list_recipes, load_recipe, settled
 from zoo.convert.select import ALIGNED, SIGNALS, selection
 from zoo.convert.show import plan_text, recipes_text, selection_text
@@ -104,6 +106,18 @@ def data_of(args: argparse.Namespace, teacher: str) -> tuple[str, ...]:
     return tuple(found)
 
 
+def plan(args: argparse.Namespace) -> str:
+    """The plan as text or JSON; ValueError where it does not fit into the memory named."""
+    blueprint, method = read_blueprint(args.teacher), method_of(args)
+    pace = assumed(args.speed) if args.device is None else measure_pace(blueprint, method, args.device)
+    found = make_plan(blueprint, method, args.tokens_scale)
+    if args.memory is not None:
+        check_memory(blueprint.model, settled(method, blueprint.parameters, args.tokens_scale), int(args.memory * 2**30))
+    seconds = {stage.name: pace.seconds(stage.flops) for stage in found.stages}
+    content = found.to_dict() | {"pace": dataclasses.asdict(pace), "seconds": seconds}
+    return json.dumps(content, indent=1) if args.json else plan_text(found, pace)
+
+
 def select(args: argparse.Namespace) -> int:
     """Score the layers, and say which would stay."""
     if args.keep is None:
@@ -154,6 +168,9 @@ def parser() -> argparse.ArgumentParser:
         recipe_arguments(sub)
         if name == "plan":
             sub.add_argument("--json", action="store_true", help="as JSON")
+            sub.add_argument("--memory", type=float, metavar="GIB", help="refuse what needs more, and say what would fit")
+            sub.add_argument("--speed", type=float, metavar="FLOPS", help="of the device a second, from which times follow")
+            sub.add_argument("--device", help="measure its speed, with one layer of the student")
             continue
         data_arguments(sub)
         sub.add_argument("-o", "--output", required=True, help="folder for the student")
@@ -243,8 +260,7 @@ def main() -> int:
     if args.command == "list":
         print(recipes_text())
     elif args.command == "plan":
-        plan = make_plan(read_blueprint(args.teacher), method_of(args), args.tokens_scale)
-        print(json.dumps(plan.to_dict(), indent=1) if args.json else plan_text(plan))
+        print(plan(args))
     elif args.command == "status":
         print("\n".join(status(args.output)))
     else:

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import zoo
 from zoo.convert import (
-    Recipe,
     align,
     convert,
     converted_layers,
@@ -20,12 +20,11 @@ from zoo.convert import (
     window_sensitivity,
 )
 from zoo.convert.report import Row, table, write_report
-from zoo.convert.run import report_rows, save_and_reload
 from zoo.convert.texts import HELD_OUT
 from zoo.convert.weights import fit
 from zoo.evaluate.closeness import assert_close
 from zoo.evaluate.perplexity import perplexity
-from zoo.evaluate.speed import Speed, generation_speed, state_bytes
+from zoo.evaluate.speed import generation_speed, state_bytes
 
 WINDOW, SINKS = 6, 2
 MIXERS = ("gla", "gated_deltanet")
@@ -146,27 +145,21 @@ def test_sensitivity_finds_the_layer_that_looks_far(teacher):
 
 def test_student_survives_saving_and_counts_its_state(teacher, tmp_path):
     student = convert(teacher, mixer="gla", keep=[1], window=WINDOW, sinks=SINKS)
-
-    class Tokenizer:
-        def save_pretrained(self, folder):
-            (folder / "tokenizer.json").write_text("{}")
-
-    loaded = save_and_reload(student, Tokenizer(), tmp_path / "student", tokens())
-    assert converted_layers(loaded) == [0, 2]
-    rows = report_rows(teacher, loaded, {"teacher": 2.0, "converted": 3.0, "aligned": 2.5}, Speed(10, 5), Speed(8, 6))
-    assert [row.write for row in rows] == [5, 6, 6]
-    grown = [row.state_bytes[32768] - row.state_bytes[1024] for row in rows]
+    student.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(loaded(tokens()).logits, student(tokens()).logits) and converted_layers(loaded) == [0, 2]
+    grown = [state_bytes(model, 32768) - state_bytes(model, 1024) for model in (teacher, loaded)]
     assert grown[0] == 3 * grown[1] > 0, "only the kept layer's cache grows"
 
 
 def test_report_writes_the_numbers_and_the_picture(tmp_path):
     rows = [Row(name, 10.0 + i, {1024: 2**20, 8192: 2**23}, 300.0, 30.0) for i, name in enumerate(("teacher", "converted", "aligned"))]
-    numbers, picture = write_report(rows, [[1.0, 2.0], [0.5, 1.0]], {"tokens_aligned": 1}, tmp_path)
+    numbers, picture = write_report(rows, {"align": [[1.0, 2.0], [0.5, 1.0]], "distil": [[3.0]]}, {"seed": 1}, tmp_path)
     content = json.loads(numbers.read_text())
     assert content["rows"][2]["perplexity"] == 12.0
     assert content["rows"][0]["state_bytes"] == {"1024": 2**20, "8192": 2**23}
-    assert content["alignment_loss"][1] == [0.5, 1.0]
-    assert content["tokens_aligned"] == 1
+    assert content["losses"]["align"][1] == [0.5, 1.0]
+    assert content["seed"] == 1
     assert picture.read_bytes().startswith(b"\x89PNG")
     text = table(rows)
     assert "11.00" in text and "8.0 MiB" in text and len(text.splitlines()) == 5
@@ -239,7 +232,6 @@ def test_too_little_text_is_an_error(teacher):
         window_sensitivity(teacher, tokens(), window=64, sinks=4)
     with pytest.raises(ValueError, match="0 rows of text"):
         align(teacher, convert(teacher, mixer="gla"), tokens()[:0], steps=1)
-    assert Recipe().held_out_length > 2 * Recipe().window
 
 
 def test_parallel_refuses_what_cannot_be_a_branch():

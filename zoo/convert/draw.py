@@ -124,6 +124,94 @@ def draw_selection(selection: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+# -- experiments -----------------------------------------------------------------------------------------------------------
+
+
+def experiment_markdown(results: dict[str, dict]) -> str:
+    """A table for each group of trials; what was refused says why."""
+    teacher, parts = results["teacher"], []
+    for group, title in (("student", "Students"), ("ablation", "What is left out"), ("hybrid", "Which layers stay")):
+        some = {name: found for name, found in results.items() if found.get("group") == group}
+        if some:
+            also = list(teacher.get("also", {}))
+            head = ["", "what", "perplexity", "of the teacher's", *also, "divergence", "same token"]
+            head += [*_distances(teacher), "gates", "minutes"]
+            rows = [_experiment_row(name, found, teacher, also) for name, found in {"teacher": teacher, **some}.items()]
+            parts.append(f"## {title}\n\n{markdown_table([head, *rows])}")
+    refused = [f"- {name}: {found['refused']}" for name, found in results.items() if "refused" in found]
+    return "\n\n".join(parts + (["## What could not be taken\n\n" + "\n".join(refused)] if refused else [])) + "\n"
+
+
+def _distances(teacher: dict) -> list[str]:
+    return [f"{name} {distance}" for name in ("copying", "passkey") for distance in teacher[name]]
+
+
+def _experiment_row(name: str, found: dict, teacher: dict, also: list[str]) -> list[str]:
+    gates = found.get("gates")
+    held = "" if gates is None else "hold" if not any(gates.values()) else f"{sum(map(bool, gates.values()))} fail"
+    recalled = [_cell(found[kind].get(distance), "{:.0%}") for kind in ("copying", "passkey") for distance in teacher[kind]]
+    return [
+        name, found.get("what", ""), f"{found['perplexity']:.2f}", f"{found['perplexity'] / teacher['perplexity']:.3f}",
+        *(_cell(found["also"].get(text), "{:.2f}") for text in also), _cell(found.get("divergence"), "{:.3f}"),
+        _cell(found.get("top1"), "{:.1%}"), *recalled, held, _cell(found.get("seconds", 0) / 60 or None, "{:.1f}"),
+    ]  # fmt: skip
+
+
+def write_experiment(results: dict[str, dict], folder: str | os.PathLike) -> None:
+    """Write `results.json`, `results.md`, and what there is of `students.png` and `hybrids.png`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.md").write_text(experiment_markdown(results), encoding="utf-8")
+    for group, draw in (("student", draw_students), ("hybrid", draw_hybrids)):
+        if any(found.get("group") == group for found in results.values()):
+            draw(results, folder / f"{group}s.png")
+
+
+def draw_students(results: dict[str, dict], path: Path) -> None:
+    """Students and ablations: perplexity over the teacher's, and copying by distance."""
+    figure, (quality, copies) = panels(2)
+    some = {name: found for name, found in results.items() if found.get("group") in ("student", "ablation")}
+    ratios = [found["perplexity"] / results["teacher"]["perplexity"] for found in some.values()]
+    colours = [COLOURS["final"] if found["group"] == "student" else COLOURS["converted"] for found in some.values()]
+    quality.bar_label(quality.barh(list(some), ratios, color=colours), fmt="%.2f")
+    quality.invert_yaxis()
+    quality.set(title="Perplexity over the teacher's", xscale="log")
+    quality.margins(x=0.15)
+    for name, found in {"teacher": results["teacher"], **some}.items():
+        if name == "teacher" or found["group"] == "student":
+            copies.plot(list(map(int, found["copying"])), list(found["copying"].values()), "o-", label=name, color=COLOURS.get(name))
+    copies.set(title="Copying by distance", xlabel="tokens", ylabel="right", ylim=(-0.03, 1.03))
+    finish_axes(copies)
+    figure.savefig(path, dpi=110)
+
+
+def draw_hybrids(results: dict[str, dict], path: Path) -> None:
+    """Perplexity over the teacher's, and copying at the middle distance, by the number of layers kept and how they were found."""
+    figure, (quality, copies) = panels(2)
+    teacher = results["teacher"]
+    distance = list(teacher["copying"])[len(teacher["copying"]) // 2]
+    lines: dict[str, list[tuple[int, float, float]]] = {}
+    for name, found in results.items():
+        if found.get("group") == "hybrid":
+            row = (len(found["kept"]), found["perplexity"] / teacher["perplexity"], found["copying"][distance])
+            lines.setdefault(name.partition("_")[2], []).append(row)
+    for signal, rows in lines.items():
+        counts, ratios, copied = zip(*sorted(rows), strict=True)
+        quality.plot(counts, ratios, "o-", label=signal)
+        copies.plot(counts, copied, "o-", label=signal)
+    copies.axhline(teacher["copying"][distance], color=COLOURS["teacher"], linestyle="--", label="teacher")
+    quality.set(title="Perplexity over the teacher's", xlabel="layers that keep attention")
+    copies.set(title=f"Copying over {distance} tokens", xlabel="layers that keep attention", ylim=(-0.03, 1.03))
+    for axes in (quality, copies):
+        axes.locator_params(axis="x", integer=True)
+        axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------------
+
+
 def panels(count: int):
     """A figure with so many axes, two in a row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -214,10 +214,9 @@ def finish(folder: Path, job: Job, teacher: nn.Module, student: nn.Module, held_
         Row(name, value, {n: state_bytes(teacher if name == "teacher" else student, n) for n in LENGTHS}, *speeds[name == "teacher"])
         for name, value in done["perplexity"].items()
     ]
-    first = job.method.stages[0].name
     kept = sorted(set(range(len(student.config.plan))) - set(converted_layers(student)))
-    facts = {"losses": done["losses"], "digest": job.digest, "data_hash": done["data"], "kept": kept, "tokens_held_out": held_out.numel()}
-    write_report(rows, done["losses"][first], job.to_dict() | facts, folder)
+    facts = {"digest": job.digest, "data_hash": done["data"], "kept": kept, "tokens_held_out": held_out.numel()}
+    write_report(rows, done["losses"], job.to_dict() | facts, folder)
     (folder / PROGRESS).unlink()
     (folder / STREAMED).unlink(missing_ok=True)
     return rows

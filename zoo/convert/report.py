@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 LENGTHS = (1024, 8192, 32768)  # tokens after which a state is weighed
+STAGES = ("#d08770", "#a3be8c", "#b48ead")  # stages after the first
 COLOURS = ("#4c566a", "#d08770", "#5e81ac")  # teacher, converted, trained; the same in every panel
 
 
@@ -40,25 +41,25 @@ def table(rows: list[Row]) -> str:
     return "\n".join("  ".join(line) for line in lines)
 
 
-def write_report(rows: list[Row], losses: list[list[float]], facts: dict, folder: str | os.PathLike) -> tuple[Path, Path]:
+def write_report(rows: list[Row], losses: dict[str, list[list[float]]], facts: dict, folder: str | os.PathLike) -> tuple[Path, Path]:
     """Write `report.json` and `report.png` into `folder`.
 
     Args:
         rows: one for each model.
-        losses: what `align` returned.
+        losses: stage -> for every step its losses.
         facts: further numbers and settings, kept in the JSON.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     numbers, picture = folder / "report.json", folder / "report.png"
-    content = facts | {"rows": [asdict(row) for row in rows], "alignment_loss": losses}
+    content = facts | {"rows": [asdict(row) for row in rows], "losses": losses}
     numbers.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     draw(rows, losses, picture)
     return numbers, picture
 
 
-def draw(rows: list[Row], losses: list[list[float]], path: Path) -> None:
-    """Four panels: perplexity, memory by length, tokens per second, loss of the alignment by layer."""
+def draw(rows: list[Row], losses: dict[str, list[list[float]]], path: Path) -> None:
+    """Four panels: perplexity, memory by length, tokens per second, losses of the stages, by layer where a layer has its own."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -88,12 +89,12 @@ def draw(rows: list[Row], losses: list[list[float]], path: Path) -> None:
     speed.margins(y=0.25)
     speed.legend(loc="upper center", ncols=2)
 
-    steps = range(1, len(losses) + 1)
-    for layer in zip(*losses, strict=True):
-        learning.plot(steps, layer, color="#c0c8d8", linewidth=0.8)
-    learning.plot(steps, [sum(step) / len(step) for step in losses], color=COLOURS[-1], label="mean of the layers")
-    learning.locator_params(axis="x", integer=True)
-    learning.set(title="Alignment: squared error over power", xlabel="step", yscale="log")
+    for colour, (stage, history) in zip((COLOURS[-1], *STAGES * len(losses)), losses.items(), strict=False):
+        done = [(step + 1) / len(history) for step in range(len(history))]
+        for layer in zip(*history, strict=True) if len(history[0]) > 1 else ():
+            learning.plot(done, layer, color="#c0c8d8", linewidth=0.8)
+        learning.plot(done, [sum(step) / len(step) for step in history], color=colour, label=stage)
+    learning.set(title="Losses", xlabel="share of the stage's steps", yscale="log")
     learning.legend()
     figure.savefig(path, dpi=120)
 

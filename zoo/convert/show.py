@@ -1,6 +1,7 @@
 """Plans, recipes and selections as text."""
 
-from zoo.convert.plan import ConversionPlan
+from zoo.convert.cost import Pace, assumed, duration
+from zoo.convert.plan import ConversionPlan, StagePlan
 from zoo.convert.recipe import list_recipes, load_recipe
 
 
@@ -15,14 +16,15 @@ def recipes_text() -> str:
     return "\n".join(lines)
 
 
-def plan_text(plan: ConversionPlan) -> str:
-    """The whole plan."""
+def plan_text(plan: ConversionPlan, pace: Pace | None = None) -> str:
+    """The whole plan, with times at this pace or one that is assumed."""
+    pace = pace or assumed()
     parts = {
         "Teacher": facts_text(plan.teacher),
         "Layers": [plan.strip, plan.legend],
         "Weights": weights_text(plan),
         "Memory of one sequence": state_text(plan),
-        "Stages": [line for stage in plan.stages for line in stage_text(stage)],
+        "Stages": [f"at {pace.describe()}", *(line for stage in plan.stages for line in stage_text(stage, pace))],
         "Settings": [f"{name:<24} {value!s:<28} {origin}" for name, (value, origin) in plan.settings.items()],
         "Warnings": plan.warnings or ["none"],
         "Cannot be run yet, for want of": plan.missing,
@@ -52,10 +54,11 @@ def state_text(plan: ConversionPlan) -> list[str]:
     return [*lines, f"a forward pass over {shortest}k: teacher {plan.flops[0]:.3g} FLOPs, student {plan.flops[1]:.3g}"]
 
 
-def stage_text(stage) -> list[str]:
+def stage_text(stage: StagePlan, pace: Pace) -> list[str]:
     parts = ", ".join(f"{name} {amount(count)}" for name, count in stage.memory.items() if count)
     return [
-        f"{stage.name}: {stage.tokens:,} tokens in {stage.steps:,} steps, {stage.trained:,} parameters trained, {stage.flops:.3g} FLOPs",
+        f"{stage.name}: {stage.tokens:,} tokens in {stage.steps:,} steps, {stage.trained:,} parameters trained",
+        f"  {stage.flops:.3g} FLOPs, {duration(pace.seconds(stage.flops))}",
         f"  memory {amount(sum(stage.memory.values()))}: {parts}",
         *([] if stage.streamed is None else [f"  memory {amount(sum(stage.streamed.values()))} layer by layer (--stream)"]),
     ]

@@ -1,8 +1,5 @@
 """Text that every machine with Python has: the reference topics behind `help()`."""
 
-from collections.abc import Iterable
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -26,17 +23,6 @@ def pydoc_topics() -> tuple[list[str], list[str]]:
         seen.update(fresh)
         training.append("\n\n".join(fresh))
     return [text for text in training if text], held
-
-
-def read_texts(paths: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Text files as documents: the last tenth of each is held out."""
-    training, held = [], []
-    for path in paths:
-        text = Path(path).read_text(encoding="utf-8")
-        cut = len(text) - len(text) // 10
-        training.append(text[:cut])
-        held.append(text[cut:])
-    return training, held
 
 
 def token_rows(tokenizer, documents: list[str], length: int, *, join: bool) -> Tensor:
