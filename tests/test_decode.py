@@ -85,10 +85,16 @@ def test_a_cache_that_is_returned_stays_its_owners(name, recorder):
 def test_states_that_are_large_beside_the_model_are_given_back(recorder, monkeypatch):
     monkeypatch.setattr(decode, "SMALL", 8)
     model = make("gla-tiny")
-    write(model, batch=1), write(model, batch=1)
-    assert recorder.count == 1
-    write(model, batch=64), write(model, batch=64)
-    assert recorder.count == 3
+    for batch in (1, 2, 1, 2):
+        write(model, batch=batch)
+    assert recorder.count == 2
+    for batch in (64, 64, 1):
+        write(model, batch=batch)
+    assert recorder.count == 4
+    monkeypatch.setattr(decode, "SMALL", 0.99 * sum(p.nbytes for p in model.parameters()) / decode._kept[model][2].nbytes)
+    for batch in (2, 1, 1, 2):  # room for two rows, so that each puts the other out
+        write(model, batch=batch)
+    assert recorder.count == 6
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,6 +104,13 @@ def test_hooks_are_called_in_every_step(name, recorder):
     handle = model.model.layers[1].register_forward_hook(lambda *_: calls.append(1))
     assert torch.equal(write(model), expected) and len(calls) == 8
     handle.remove()
+    assert torch.equal(write(model), expected) and recorder.count == 1
+
+
+def test_compiled_models_are_left_to_their_compiler(recorder):
+    model = make("gla-tiny")
+    expected = write(model)
+    model.compile(backend="eager")
     assert torch.equal(write(model), expected) and recorder.count == 1
 
 

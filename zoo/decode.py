@@ -23,11 +23,11 @@ from zoo.mixer import State
 Replay = Callable[[], None]
 DEVICE = "cuda"  # whose work can be recorded
 ROOM, GRAIN = 512, 256  # tokens for which a state that grows gets room at the least, and steps in which there is more
-SMALL = 8  # a recording is kept for the next call if its states are so many times smaller than the weights
+SMALL = 8  # recordings are kept for later calls while their states are so many times smaller than the weights
 PIECE = 2**16  # tokens of all rows that are read at once, where only the last ones' logits are asked for
 
 logger = logging.getLogger(__name__)
-_kept: "WeakKeyDictionary[nn.Module, Recording]" = WeakKeyDictionary()
+_kept: "WeakKeyDictionary[nn.Module, dict[int, Recording]]" = WeakKeyDictionary()  # by the number of rows, the oldest first
 
 
 def obstacle(model: nn.Module) -> str | None:
@@ -37,6 +37,8 @@ def obstacle(model: nn.Module) -> str | None:
         return f"it does not lie on one {DEVICE} device"
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return "hooks are to be called in every step"
+    if model._compiled_call_impl is not None or hasattr(model.forward, "_torchdynamo_orig_callable"):
+        return "it is compiled"
     for module in model.modules():
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
             return "hooks are to be called in every step"
@@ -91,6 +93,11 @@ class Recording:
     mark: tuple
     owner: ref
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the states take."""
+        return sum(t.nbytes for state in self.states for t in state.values())
+
     def fits(self, ids: Tensor, cache: ZooCache) -> bool:
         """Whether the recorded step is of this batch and these states."""
         same = all(layer.state is state for layer, state in zip(cache.layers, self.states, strict=True))
@@ -129,8 +136,19 @@ def _alike(old: Tensor, new: Tensor) -> bool:
     return old.dtype == new.dtype and old.device == new.device and (old.shape == new.shape or old.numel() == new.numel() == 0)
 
 
+def keep(model: nn.Module, recording: Recording) -> None:
+    """For later calls with as many rows, unless it is large; where all together are, at the cost of those kept before."""
+    kept, allowed = _kept.setdefault(model, {}), sum(p.nbytes for p in model.parameters())
+    kept.pop(len(recording.ids), None)
+    if SMALL * recording.nbytes > allowed:
+        return
+    kept[len(recording.ids)] = recording
+    while SMALL * sum(one.nbytes for one in kept.values()) > allowed:
+        del kept[next(iter(kept))]
+
+
 def forget(model: nn.Module) -> None:
-    """Give back what is kept of a model's last call."""
+    """Give back what is kept of a model's earlier calls."""
     _kept.pop(model, None)
 
 
@@ -139,7 +157,7 @@ class Steps:
 
     The first runs as it is: kernels compile, and states come to the addresses that they keep. States that grow get room for twice
     the tokens there are, up to `limit`; when that is used up there is more room, another step as it is, and another recording.
-    The next call takes the recording over, if it has as many rows and states that are small beside the model; see `forget`.
+    A later call with as many rows takes the recording over, while states are small beside the model; see `forget`.
 
     Args:
         model: a `ZooForCausalLM`. Its weights and settings must stay what they are.
@@ -181,7 +199,7 @@ class Steps:
 
     def _take_over(self, ids: Tensor, cache: ZooCache) -> bool:
         """Go on with what an earlier call recorded, if nobody uses it, nothing has changed and its room is about what is wanted."""
-        kept = _kept.pop(self.model, None) if self.keep and not self.room else None
+        kept = _kept.get(self.model, {}).pop(len(ids), None) if self.keep and not self.room else None
         if kept is None or kept.owner() is not None or kept.mark != fingerprint(self.model):
             return False
         if self.growing:
@@ -191,7 +209,7 @@ class Steps:
         if not kept.adopt(ids, cache):
             return False
         self.recording, self.room = kept, kept.room if self.growing else self.limit
-        _kept[self.model] = kept
+        keep(self.model, kept)
         return True
 
     def _record(self, ids: Tensor, cache: ZooCache) -> None:
@@ -212,8 +230,8 @@ class Steps:
             return
         states, mark = [state for state, _ in before], fingerprint(self.model)
         self.recording = Recording(replay, ids, logits, states, lengths, counters, self.room, mark, ref(cache))
-        if self.keep and SMALL * cache.nbytes() <= sum(p.nbytes for p in self.model.parameters()):
-            _kept[self.model] = self.recording
+        if self.keep:
+            keep(self.model, self.recording)
 
 
 def _compare(before: list[State], after: list[State]) -> tuple[list[tuple[State, str]], str]:
