@@ -42,7 +42,7 @@ class Segments(NamedTuple):
     def of(cls, batch: int, length: int, size: int, cu_seqlens: Tensor | None, device: torch.device) -> "Segments":
         if cu_seqlens is None:
             return _whole_rows(batch, length, size, device)
-        return cls._packed(cu_seqlens, length, size)
+        return _packed_row(cu_seqlens, None if cu_seqlens.is_inference() else cu_seqlens._version, length, size)
 
     @classmethod
     def _packed(cls, cu: Tensor, length: int, size: int) -> "Segments":
@@ -63,6 +63,12 @@ class Segments(NamedTuple):
         own = torch.arange(first.numel() - 1, device=n.device)
         table = torch.stack([row, start, stop, place, place + 1], 1).contiguous()
         return cls(table, first, first[:-1] + own, first[1:] + own, count, count + first.numel(), True)
+
+
+@lru_cache(maxsize=16)
+def _packed_row(cu_seqlens: Tensor, version: int | None, length: int, size: int) -> Segments:
+    """Made once for all layers, which share one packing, as long as nobody writes into it."""
+    return Segments._packed(cu_seqlens, length, size)
 
 
 @lru_cache(maxsize=64)

@@ -12,6 +12,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from zoo.kernels.fused import sigmoid
 from zoo.kernels.launch import launch, rows
 from zoo.kernels.packing import Packing
 from zoo.kernels.segments import cdiv, power_of_two
@@ -34,7 +35,7 @@ def load_rows(X, r, c, first, second, third, L1, L2, inside):
 @triton.jit
 def opening(gate, SILU: tl.constexpr):
     """The gate's activation and its derivative."""
-    s = tl.sigmoid(gate)
+    s = sigmoid(gate)
     if SILU:
         return gate * s, s * (1.0 + gate * (1.0 - s))
     return s, s * (1.0 - s)

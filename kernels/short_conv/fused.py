@@ -13,12 +13,12 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from zoo.kernels.fused import segment_of
+from zoo.kernels.fused import segment_of, sigmoid
 from zoo.kernels.launch import launch, rows, strides
 from zoo.kernels.packing import Packing
 from zoo.kernels.segments import Segments, cdiv, power_of_two
 
-AHEAD = 8  # rows asked for at once
+AHEAD, AFTER = 8, tl.constexpr(4)  # rows asked for at once, within a segment and behind it
 VECTOR = 16  # bytes of a thread's share of a row, less where the window is long
 WARPS = 1
 PROGRAMS = 4096  # that a GPU is given if there are tokens enough
@@ -64,10 +64,10 @@ def load_ahead(X, x_t, inside, left, COUNT: tl.constexpr):
 
 @triton.jit
 def convolve(window, x, taps, bias, W: tl.constexpr):
-    z = bias + x * taps[W - 1]
+    z = x * taps[W - 1]
     for w in tl.static_range(W - 1):
         z += window[w] * taps[w]
-    return z
+    return z if bias is None else z + bias
 
 
 @triton.jit
@@ -89,19 +89,18 @@ def forward(
     if STATE is not None:
         STATE += n * s_b + c
     taps = load_taps(WEIGHT, c, inside, w_d, w_w, W)
-    bias = tl.zeros((BD,), tl.float32)
-    if BIAS is not None:
-        bias += tl.load(BIAS + c, mask=inside, other=0.0).to(tl.float32)
+    bias = None if BIAS is None else tl.load(BIAS + c, mask=inside, other=0.0).to(tl.float32)
     window = load_window(X, STATE, x_t, s_i, inside, is_first, W)
-    length = stop - start
+    length = (stop - start).to(tl.int32)
     for t in range(0, length, AHEAD):
-        xs = load_ahead(X + t * x_t, x_t, inside, length - t, AHEAD)
+        xs = load_ahead(X + t * tl.cast(x_t, tl.int64), x_t, inside, length - t, AHEAD)
+        out = OUT + t * tl.cast(o_t, tl.int64)
         for i in tl.static_range(AHEAD):
             x = xs[i].to(tl.float32)
             y = convolve(window, x, taps, bias, W)
             if SILU:
-                y *= tl.sigmoid(y)
-            tl.store(OUT + (t + i) * o_t, y.to(OUT.dtype.element_ty), mask=inside & (i < length - t))
+                y *= sigmoid(y)
+            tl.store(out + i * o_t, y.to(OUT.dtype.element_ty), mask=inside & (i < length - t))
             window += (x,)
             window = window[1:]
     if AHEAD == 1:  # there was one token at the most, and the window is where it should be; LAST may be STATE
@@ -110,10 +109,52 @@ def forward(
     elif is_last:
         for i in tl.static_range(W - 1):
             before = length + i < W - 1 and is_first  # still of the old state
-            x = tl.load(X + (length + i - W + 1) * x_t, mask=inside & (before == 0), other=0.0)
+            x = tl.load(X + (length + i - W + 1) * tl.cast(x_t, tl.int64), mask=inside & (before == 0), other=0.0)
             if STATE is not None:
                 x += tl.load(STATE + (length + i) * s_i, mask=inside & before, other=0.0).to(x.dtype)
             tl.store(LAST + n * l_b + i * l_i + c, x.to(LAST.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def walk_back(
+    X, DOUT, DX, DLAST, DSTATE, window, dzs, sums, taps, bias, inside, is_first, t, length, left, x_t, y_t, o_t, l_i, D,
+    W: tl.constexpr, COUNT: tl.constexpr, SILU: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """COUNT tokens from t on, all of them the segment's own unless TAIL. sums: of the W gradients of the weight, and the bias's."""
+    xs = load_ahead(X + t * tl.cast(x_t, tl.int64), x_t, inside, left - t, COUNT)
+    dys = load_ahead(DOUT + t * tl.cast(y_t, tl.int64), y_t, inside, left - t, COUNT)
+    DX += (t - (W - 1)) * tl.cast(o_t, tl.int64)
+    for i in tl.static_range(COUNT):
+        x, dz = xs[i].to(tl.float32), dys[i].to(tl.float32)
+        if SILU:
+            z = convolve(window, x, taps, bias, W)
+            s = sigmoid(z)
+            dz *= s * (1.0 + z * (1.0 - s))
+        window += (x,)
+        dzs += (dz,)
+        p = t + (i - W + 1)  # whose gradient is complete
+        dx = dz * taps[0]
+        for w in tl.static_range(1, W):
+            dx += dzs[W - 1 - w] * taps[w]
+        written = p >= 0
+        if TAIL:
+            written = written & (p < length)
+            if DLAST is not None:
+                j = p - left + W - 1
+                dx += tl.load(DLAST + j * l_i, mask=inside & (j >= 0) & (p < length), other=0.0).to(tl.float32)
+        tl.store(DX + i * o_t, dx.to(DX.dtype.element_ty), mask=inside & written)
+        if DSTATE is not None:
+            tl.store(DSTATE + (p + W - 1) * D, dx.to(DSTATE.dtype.element_ty), mask=inside & (p < 0) & is_first)
+        if len(sums) > 0:
+            own = tl.where(i < length - t, dz, 0.0) if TAIL else dz  # the others are the next segment's
+            added = ()
+            for w in tl.static_range(W):
+                added += (sums[w] + own * window[w],)
+            if bias is not None:
+                added += (sums[W] + own,)
+            sums = added
+        window, dzs = window[1:], dzs[1:]
+    return window, dzs, sums
 
 
 @triton.jit
@@ -137,53 +178,35 @@ def backward(
     X += row * x_b + start * x_t + c
     DOUT += row * y_b + start * y_t + c
     DX += row * o_b + start * o_t + c
-    taps = load_taps(WEIGHT, c, inside, w_d, w_w, W)
-    bias = tl.zeros((BD,), tl.float32)
-    if BIAS is not None:
-        bias += tl.load(BIAS + c, mask=inside, other=0.0).to(tl.float32)
     if STATE is not None:
         STATE += n * s_b + c
+    if DLAST is not None:
+        DLAST += n * l_b + c
+    if DSTATE is not None:
+        DSTATE += n * (W - 1) * D + c
+    taps = load_taps(WEIGHT, c, inside, w_d, w_w, W)
+    bias = None if BIAS is None else tl.load(BIAS + c, mask=inside, other=0.0).to(tl.float32)
     window = load_window(X, STATE, x_t, s_i, inside, is_first, W)
-    dzs, sums = (), (tl.zeros((BD,), tl.float32),)
+    dzs, sums = (), ()
     for _ in tl.static_range(W - 1):
         dzs += (tl.zeros((BD,), tl.float32),)
-        sums += (tl.zeros((BD,), tl.float32),)
-    dbias = tl.zeros((BD,), tl.float32)
-    length, left = stop - start, end - start
-    for t in range(0, length + W - 1, AHEAD):
-        xs, dys = load_ahead(X + t * x_t, x_t, inside, left - t, AHEAD), load_ahead(DOUT + t * y_t, y_t, inside, left - t, AHEAD)
-        for i in tl.static_range(AHEAD):
-            x, dz = xs[i].to(tl.float32), dys[i].to(tl.float32)
-            if SILU:
-                z = convolve(window, x, taps, bias, W)
-                s = tl.sigmoid(z)
-                dz *= s * (1.0 + z * (1.0 - s))
-            window += (x,)
-            dzs += (dz,)
-            p = t + (i - W + 1)  # whose gradient is complete
-            dx = dz * taps[0]
-            for w in tl.static_range(1, W):
-                dx += dzs[W - 1 - w] * taps[w]
-            if DLAST is not None:
-                j = p - left + W - 1
-                dx += tl.load(DLAST + n * l_b + j * l_i + c, mask=inside & (j >= 0) & (p < length), other=0.0).to(tl.float32)
-            tl.store(DX + p * o_t, dx.to(DX.dtype.element_ty), mask=inside & (p >= 0) & (p < length))
-            if DSTATE is not None:
-                tl.store(DSTATE + (n * (W - 1) + p + W - 1) * D + c, dx.to(DSTATE.dtype.element_ty), mask=inside & (p < 0) & is_first)
-            if PARTS is not None:
-                own = tl.where(i < length - t, dz, 0.0)  # the others are the next segment's
-                added = ()
-                for w in tl.static_range(W):
-                    added += (sums[w] + own * window[w],)
-                sums = added
-                dbias += own
-            window, dzs = window[1:], dzs[1:]
     if PARTS is not None:
-        PARTS += segment * (W if BIAS is None else W + 1) * D + c
-        for w in tl.static_range(W):
-            tl.store(PARTS + w * D, sums[w], mask=inside)
-        if BIAS is not None:
-            tl.store(PARTS + W * D, dbias, mask=inside)
+        for _ in tl.static_range(W if BIAS is None else W + 1):
+            sums += (tl.zeros((BD,), tl.float32),)
+    length, left = (stop - start).to(tl.int32), (end - start).to(tl.int32)
+    whole = length // AHEAD * AHEAD
+    for t in range(0, whole, AHEAD):
+        window, dzs, sums = walk_back(
+            X, DOUT, DX, DLAST, DSTATE, window, dzs, sums, taps, bias, inside, is_first, t, length, left, x_t, y_t, o_t, l_i, D,
+            W, AHEAD, SILU, False,
+        )  # fmt: skip
+    for t in range(whole, length + W - 1, AFTER):
+        window, dzs, sums = walk_back(
+            X, DOUT, DX, DLAST, DSTATE, window, dzs, sums, taps, bias, inside, is_first, t, length, left, x_t, y_t, o_t, l_i, D,
+            W, AFTER, SILU, True,
+        )  # fmt: skip
+    for w in tl.static_range(len(sums)):
+        tl.store(PARTS + (segment * len(sums) + w) * D + c, sums[w], mask=inside)
 
 
 class Problem:
