@@ -47,26 +47,28 @@ def obstacle(model: nn.Module) -> str | None:
     return None
 
 
-def record_graph(run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-    """What `run` enqueues on the current device as a CUDA graph, none of it done yet, and its result, renewed by every replay."""
-    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-    stream = _stream(torch.cuda.current_device())
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        try:
-            graph.capture_begin(capture_error_mode="thread_local")
+def record_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[Replay, Tensor]:
+    """What `run` enqueues on the device as a CUDA graph, none of it done yet, and its result, renewed by every replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        current, stream = torch.cuda.current_stream(), _stream(torch.cuda.current_device())
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
             try:
-                result = run()
-            finally:
-                graph.capture_end()
-        except RuntimeError:  # a recording that failed leaves the random numbers to a graph, until another one succeeds
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(capture_error_mode="thread_local")
-            torch.zeros(1, device="cuda")
-            graph.capture_end()
-            raise
-    current.wait_stream(stream)
+                result = _captured(graph, run)
+            except RuntimeError:  # a recording that failed leaves the random numbers to a graph, until another one succeeds
+                _captured(torch.cuda.CUDAGraph(), lambda: torch.zeros(1, device=device))
+                raise
+        current.wait_stream(stream)
     return graph.replay, result
+
+
+def _captured(graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
+        return run()
+    finally:
+        graph.capture_end()
 
 
 @once
@@ -217,7 +219,7 @@ class Steps:
         ids, lengths = ids.clone(), cache.lengths
         before = [(layer.state, layer.seen) for layer in cache.layers]
         try:
-            replay, logits = record_graph(lambda: self.model.step(ids, cache))
+            replay, logits = record_graph(lambda: self.model.step(ids, cache), ids.device)
             counters, moved = _compare([state for state, _ in before], [layer.state for layer in cache.layers])
         except (RuntimeError, ValueError) as error:
             moved = f"{type(error).__name__}: {error}"

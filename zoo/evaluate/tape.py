@@ -59,12 +59,12 @@ class Recorder:
     def __init__(self, record: Callable | None = None):
         self.count, self.record = 0, record or tape
 
-    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def __call__(self, run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
         self.count += 1
-        return self.record(run)
+        return self.record(run, device)
 
 
-def tape(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def tape(run: Callable[[], Tensor], device: torch.device) -> tuple[Callable[[], None], Tensor]:
     """A recording on tape."""
     with Tape() as made:
         result = run()
