@@ -5,6 +5,7 @@ needs to run them. `generate` makes a `Steps` where nothing but the kernels of t
 `ZooForCausalLM.forward` with every token.
 """
 
+import gc
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -64,11 +65,17 @@ def record_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[Repla
 
 
 def _captured(graph: torch.cuda.CUDAGraph, run: Callable[[], Tensor]) -> Tensor:
-    graph.capture_begin(capture_error_mode="thread_local")
+    collecting = gc.isenabled()
+    gc.disable()  # what is collected may call the driver, which a recording does not survive
     try:
-        return run()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            return run()
+        finally:
+            graph.capture_end()
     finally:
-        graph.capture_end()
+        if collecting:
+            gc.enable()
 
 
 @once
