@@ -10,11 +10,12 @@ from torch import Tensor
 from zoo.kernels.checks import Shapes, accumulator, float_dtype
 from zoo.kernels.delta_rule import chunked, reference, shared
 from zoo.kernels.delta_rule.general import general_delta_rule
-from zoo.kernels.dispatch import Backend, Op
+from zoo.kernels.dispatch import Backend, Op, kept, states_in_place
 from zoo.kernels.packing import Packing
 
 __all__ = ["delta_rule", "flops", "general_delta_rule", "step", "summarize"]
 NAME = "delta_rule"
+WIDEST = 256  # channels of a head that the fused kernels take
 
 
 def delta_rule(
@@ -65,7 +66,7 @@ def delta_rule(
     shapes("k", k, "B T Hk K")
     shapes("v", v, "B T Hv V")
     shapes.not_empty("B", "T")
-    heads = shapes.sizes["H"] = max(shapes["Hq"], shapes["Hk"], shapes["Hv"])
+    shapes.sizes["H"] = max(shapes["Hq"], shapes["Hk"], shapes["Hv"])
     for group, name in (("Hq", "q"), ("Hk", "k"), ("Hv", "v")):
         shapes.divides(group, "H", name)
     shapes("beta", beta, "B T H")
@@ -74,7 +75,6 @@ def delta_rule(
     shapes("state", state, "N H K V", dtype=accumulator(q.dtype))
     if packing is not None and log_decay is not None and log_decay.ndim == 1:
         log_decay = log_decay.expand(shapes["B"], shapes["T"], -1)  # per token, so that padding does not decay
-    q, k, v = (x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2) for x in (q, k, v))
     tensors = {"q": q, "k": k, "v": v, "beta": beta, "log_decay": log_decay, "state": state}
     return OP(tensors, {"scale": float(scale if scale is not None else shapes["K"] ** -0.5)}, packing, backend)
 
@@ -85,11 +85,10 @@ def step(
     """One token, `[B, H, K]`, `[B, H, V]`, `[B, H]` -> `[B, H, V]`; `state` `[B, H, K, V]` is updated in place (no gradient)."""
     if log_decay is not None and log_decay.ndim > 1:
         log_decay = log_decay.unsqueeze(1)
-    with torch.no_grad():
-        token = (x.unsqueeze(1) for x in (q, k, v, beta))
-        out, new = delta_rule(*token, log_decay, state=state, scale=scale, backend="reference")
-        state.copy_(new)
-    return out.squeeze(1)
+    token = (x.unsqueeze(1) for x in (q, k, v, beta))
+    with torch.no_grad(), states_in_place():
+        out, new = delta_rule(*token, log_decay, state=state, scale=scale)
+    return kept(out, new, state)
 
 
 def summarize(k: Tensor, v: Tensor, beta: Tensor, log_decay: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -109,6 +108,15 @@ def flops(length: int, heads: int, keys: int, values: int) -> int:
     return 6 * length * heads * keys * values
 
 
+def _obstacle(tensors: dict) -> str | None:
+    """What the fused kernels do not do."""
+    decay = tensors["log_decay"]
+    if decay is not None and decay.ndim == 1 and decay.requires_grad and torch.is_grad_enabled():
+        return "the gradient of one decay per head is a sum over time of differences that rounding drowns; give one per token"
+    widest = max(tensors["q"].shape[3], tensors["v"].shape[3])
+    return f"K or V is {widest}, and its kernels take up to {WIDEST}" if widest > WIDEST else None
+
+
 def _case(decay: str = "none", heads: int = 2, groups: int = 2, extremes: bool = False):
     def draw(generator: torch.Generator, batch: int, length: int, dtype: torch.dtype) -> dict:
         def normal(*shape):
@@ -121,7 +129,7 @@ def _case(decay: str = "none", heads: int = 2, groups: int = 2, extremes: bool =
         if extremes:  # keys of zero, the same key again and again, and beta at its bounds
             beta = beta.round()
             k[:, ::3] = 0
-            k[:, 1::3] = k[:, 1:2]
+            k[:, 1::3] = k[:, 1:2].clone()
         shape = {"none": None, "head": (heads,), "token": (batch, length, heads), "channel": (batch, length, heads, keys)}[decay]
         inputs = {
             "q": q,
@@ -144,6 +152,9 @@ OP = Op(
     options={"scale": "float"},
     along_time=("q", "k", "v", "beta", "log_decay"),
     meta=shared.meta,
+    step="zoo.kernels.fused_step",
+    fused="zoo.kernels.delta_rule.fused",
+    obstacle=_obstacle,
     cases={
         "plain": _case(),
         "extremes": _case(extremes=True),

@@ -24,12 +24,13 @@ from torch import Tensor
 from zoo.kernels.checks import accumulator
 from zoo.kernels.chunking import by_segments, chunk_size, decay_chunks, from_chunks, plus_product, to_chunks
 from zoo.kernels.decay import decay_matrix, decayed_scores
+from zoo.kernels.linear_attention.reference import every_head
 
 CHUNK = 32
 
 
 def delta_rule(q, k, v, beta, log_decay, state, scale: float) -> tuple[Tensor, Tensor]:
-    return by_segments(partial(_delta_rule, scale=scale), (q, k, v, beta), log_decay, state, CHUNK)
+    return by_segments(partial(_delta_rule, scale=scale), (*every_head(q, k, v), beta), log_decay, state, CHUNK)
 
 
 def general_delta_rule(q, k, v, a, b, log_decay, state, scale: float) -> tuple[Tensor, Tensor]:

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.checks import accumulator
-from zoo.kernels.linear_attention.reference import decay_at
+from zoo.kernels.linear_attention.reference import decay_at, every_head
 
 
 def delta_rule(q, k, v, beta, log_decay, state, scale: float) -> tuple[Tensor, Tensor]:
     dtype, acc = v.dtype, accumulator(v.dtype)
+    q, k, v = every_head(q, k, v)
     q, k, v, beta = q.to(acc) * scale, k.to(acc), v.to(acc), beta.to(acc)
     if state is None:
         state = q.new_zeros(*q.shape[:1], *q.shape[2:], v.shape[-1])

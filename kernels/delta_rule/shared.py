@@ -9,7 +9,8 @@ from zoo.kernels.checks import accumulator
 def meta(tensors: dict, options: dict, sequences: int) -> tuple[Tensor, Tensor]:
     """Empty output and state."""
     q, v = tensors["q"], tensors["v"]
-    return v.new_empty(v.shape), q.new_empty((sequences, *q.shape[2:], v.shape[3]), dtype=accumulator(q.dtype))
+    heads = max(tensors[name].shape[2] for name in "qkv")
+    return v.new_empty(*v.shape[:2], heads, v.shape[3]), q.new_empty((sequences, heads, q.shape[3], v.shape[3]), dtype=accumulator(q.dtype))
 
 
 def identity_beside(v: Tensor, keys: int) -> tuple[Tensor, Tensor]:
