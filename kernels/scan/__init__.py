@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.checks import Shapes, float_dtype
-from zoo.kernels.dispatch import Backend, Op
+from zoo.kernels.dispatch import Backend, Op, kept
 from zoo.kernels.packing import Packing
 from zoo.kernels.scan import chunked, reference
 from zoo.kernels.scan.reference import carried_dtype
@@ -69,11 +69,10 @@ def scan(
 
 def step(x: Tensor, log_decay: Tensor, *, state: Tensor) -> Tensor:
     """One token, x `[B, D]`, log_decay `[D]` or `[B, D]` -> h `[B, D]`; `state` `[B, D]` is updated in place (no gradient)."""
+    token = log_decay if log_decay.ndim == 1 else log_decay.unsqueeze(1)
     with torch.no_grad():
-        token = log_decay if log_decay.ndim == 1 else log_decay.unsqueeze(1)
-        out, new = scan(x.unsqueeze(1), token, state=state, backend="reference")
-        state.copy_(new)
-    return out.squeeze(1)
+        out, new = scan(x.unsqueeze(1), token, state=state)
+    return kept(out, new, state)
 
 
 def summarize(x: Tensor, log_decay: Tensor, *, reverse: bool = False) -> tuple[Tensor, Tensor]:
@@ -124,6 +123,8 @@ OP = Op(
     options={"reverse": "bool"},
     along_time=("x", "log_decay"),
     meta=_meta,
+    fused="zoo.kernels.scan.fused",
+    complex_kernels=True,
     cases={
         "token": _case(),
         "channel": _case(per_token=False),

@@ -10,6 +10,7 @@ from zoo.kernels.scan import chunked, reference
 from zoo.kernels.scan.reference import carried_dtype
 
 NAME = "selective_scan"
+MOST = 32  # states of a channel that the fused kernels keep in registers
 
 
 def selective_scan(
@@ -110,6 +111,14 @@ def _meta(tensors: dict, options: dict, sequences: int) -> tuple[Tensor, Tensor]
     return x.new_empty(x.shape), x.new_empty(sequences, *A.shape, dtype=carried_dtype(x.dtype, A))
 
 
+def _obstacle(tensors: dict) -> str | None:
+    """What the fused kernels do not do."""
+    A = tensors["A"]
+    if A.is_complex():
+        return "its states would be complex, and its kernels have real ones"
+    return f"a channel has {A.shape[1]} states, and its kernels keep up to {MOST} in registers" if A.shape[1] > MOST else None
+
+
 def _case(*, groups: int | None = 2, skip: bool = True, complex_valued: bool = False):
     def draw(generator: torch.Generator, batch: int, length: int, dtype: torch.dtype) -> dict:
         def normal(*shape, imaginary: bool = False):
@@ -140,6 +149,8 @@ OP = Op(
     options={},
     along_time=("x", "dt", "B", "C"),
     meta=_meta,
+    fused="zoo.kernels.scan.fused_selective",
+    obstacle=_obstacle,
     step="zoo.kernels.scan.fused_step",
     cases={
         "plain": _case(groups=None, skip=False),
