@@ -1,17 +1,21 @@
 """Plans of conversions: told from config and headers alone, and true of the conversion that follows."""
 
+import importlib
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import zoo
+from zoo.__main__ import main
 from zoo.convert import convert, converted_layers, load_teacher
+from zoo.convert.cost import assumed, duration, measure_pace
 from zoo.convert.fit import Fit
-from zoo.convert.headers import read_blueprint, read_headers
-from zoo.convert.plan import blank_student, check_memory, even, layout_config, make_plan
+from zoo.convert.headers import read_blueprint, read_headers, write_headers
+from zoo.convert.plan import blank_student, check_memory, even, layout_config, make_plan, smaller
 from zoo.convert.recipe import load_recipe, settled
 from zoo.convert.show import amount, plan_text, recipes_text
 from zoo.evaluate.speed import state_bytes
@@ -32,19 +36,6 @@ def folder(request, tmp_path):
     torch.manual_seed(0)
     cls(config).save_pretrained(tmp_path / request.param)
     return tmp_path / request.param
-
-
-def headers_alone(folder, model) -> None:
-    """A checkpoint whose file ends with its header."""
-    model.config.save_pretrained(folder)
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    header, at = {}, 0
-    for name, tensor in model.state_dict().items():
-        if name not in tied:
-            end = at + 2 * tensor.numel()
-            header[name], at = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, end]}, end
-    text = json.dumps(header).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
 
 
 @pytest.mark.parametrize("recipe", ["zoo", "radlads"])
@@ -74,7 +65,7 @@ def test_a_plan_is_true_of_the_conversion(folder, recipe):
 def test_a_billion_parameters_need_their_headers_only(cls, config, tmp_path):
     with torch.device("meta"):
         model = cls(config(**BILLION, tie_word_embeddings=True))
-    headers_alone(tmp_path, model)
+    write_headers(tmp_path, model)
     assert (tmp_path / "model.safetensors").stat().st_size < 2**16
     plan = make_plan(read_blueprint(str(tmp_path)), load_recipe("zoo"))
     count = sum(p.numel() for p in model.parameters())
@@ -101,7 +92,7 @@ def test_teachers_of_our_own_and_in_shards(tmp_path):
 
 
 def test_a_repeated_head_is_dropped_by_name(tmp_path):
-    headers_alone(tmp_path, KINDS["qwen2"][0](KINDS["qwen2"][1]))
+    write_headers(tmp_path, KINDS["qwen2"][0](KINDS["qwen2"][1]))
     path = tmp_path / "model.safetensors"
     content = path.read_bytes()
     header = json.loads(content[8:])
@@ -162,10 +153,55 @@ def test_too_little_memory_names_what_would_fit(folder):
     check_memory(blueprint.model, method, max(needs))
     with pytest.raises(ValueError, match=r"stage 'distil' needs about 0\.3 GiB.*--set distil\.accumulate=2 would fit"):
         check_memory(blueprint.model, method, max(needs) - 1)
-    with pytest.raises(ValueError, match=r"stage 'align' needs.*no number of passes would fit"):
+    with pytest.raises(
+        ValueError, match=r"stage 'align' needs.*even --set align\.accumulate=8 --set align\.length=256 needs.*smaller teacher"
+    ):
         check_memory(blueprint.model, method, 1000)
     less = load_recipe("zoo", {"distil.accumulate": 2})
     assert make_plan(blueprint, less).stages[1].memory["activations"] == make_plan(blueprint, method).stages[1].memory["activations"] // 2
+
+
+def test_what_is_smaller_changes_as_little_as_it_can(folder):
+    blueprint, method = read_blueprint(str(folder)), settled(load_recipe("zoo", {"distil.batch": 4}), 10**6)
+    forms = list(smaller(method.stages[1], 64))
+    assert [settings for _, settings in forms] == [
+        "--set distil.accumulate=2", "--set distil.accumulate=4", "--set distil.accumulate=4 --set distil.length=256",
+        "--set distil.accumulate=4 --set distil.length=256 --set distil.train=mixer",
+    ]  # fmt: skip
+    every = [method.stages[1], *(form for form, _ in forms)]
+    needs = [sum(make_plan(blueprint, replace(method, stages=(stage,))).stages[0].memory.values()) for stage in every]
+    assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(needs)
+    only = replace(method, stages=method.stages[1:])
+    for need, (_, settings) in zip(needs[1:], forms, strict=True):
+        with pytest.raises(ValueError, match=f"{settings} would fit"):
+            check_memory(blueprint.model, only, need)
+
+
+def test_times_follow_from_a_speed(folder):
+    blueprint, method = read_blueprint(str(folder)), load_recipe("zoo", {"align.length": 96})
+    plan = make_plan(blueprint, method)
+    text = plan_text(plan, assumed(plan.stages[1].flops / 7200))
+    assert f"{plan.stages[1].flops:.3g} FLOPs, 2 h" in text and "as you said" in text
+    assert "at 30 TFLOP/s, assumed; --device measures it" in plan_text(plan)
+    pace = measure_pace(blueprint, method, "cpu", repeats=1)
+    assert pace.rate > 1e3 and "measured on this machine: a layer with a row of 96 tokens" in pace.describe()
+    assert [duration(seconds) for seconds in (3.21, 200, 7200, 10**6)] == ["3.21 s", "3.33 min", "2 h", "11.6 days"]
+    with pytest.raises(ValueError, match="a speed of 0 FLOP/s is none"):
+        assumed(0)
+
+
+def test_the_command_refuses_what_does_not_fit_and_tells_times(folder, capsys):
+    assert main(["convert", "plan", str(folder), "--memory", "0.2"]) == 2
+    assert "--set distil.accumulate=" in capsys.readouterr().err
+    assert main(["convert", "plan", str(folder), "--memory", "2", "--speed", "1e12", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["seconds"] == {stage["name"]: stage["flops"] / 1e12 for stage in found["stages"]}
+
+
+def test_plans_in_the_documents_are_what_plan_says():
+    script = importlib.import_module("zoo.scripts.write_plans")
+    text = script.DOCUMENT.read_text(encoding="utf-8")
+    assert script.written(text) == text, "run python scripts/write_plans.py"
 
 
 def test_an_even_spread():

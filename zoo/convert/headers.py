@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +102,21 @@ def read_headers(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} has no readable header ({error!r}); download or save it again") from error
         tensors |= {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in entries.items()}
     return tensors
+
+
+def write_headers(folder: str | os.PathLike, model: nn.Module) -> None:
+    """A checkpoint of this model in bfloat16 whose file ends with its header: enough for a plan, and for nothing else."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.config.save_pretrained(folder)
+    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
+    header, at = {}, 0
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            end = at + 2 * tensor.numel()
+            header[name], at = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [at, end]}, end
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
 
 
 def size(tensors) -> int:

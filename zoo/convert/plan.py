@@ -1,6 +1,7 @@
 """What a conversion will do and cost, told from a teacher's config and the headers of its files alone."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -21,6 +22,7 @@ from zoo.train.meter import forward_flops
 LENGTHS = (4096, 32768, 131072)
 WEIGHT = GRADIENT = 4  # bytes a parameter while training, in float32
 MOMENTS = 8  # of Adam
+SHORTEST = 64  # tokens of a row that is worth training on
 
 
 @dataclass
@@ -247,25 +249,48 @@ def check_memory(teacher: nn.Module, method: Method, available: int, stream: boo
 
     Args: stream: the first stages go layer by layer, where they can.
     """
+    student, account = blank_student(teacher, layout_config(teacher, method))
+    plans = [plan_stage(teacher, student, stage, account.fresh) for stage in method.stages]
+    first = next((index for index, plan in enumerate(plans) if plan.streamed is None), len(plans))
 
-    def needs(stages: tuple[Stage, ...]) -> list[int]:
-        plans = stage_plans(teacher, replace(method, stages=stages))
-        first = next((index for index, plan in enumerate(plans) if plan.streamed is None), len(plans))
-        return [sum((plan.streamed if stream and index < first else plan.memory).values()) for index, plan in enumerate(plans)]
+    def need(index: int, stage: Stage) -> int:
+        plan = plan_stage(teacher, student, stage, account.fresh)
+        return sum((plan.streamed if stream and index < first else plan.memory).values())
 
-    for index, (stage, need) in enumerate(zip(method.stages, needs(method.stages), strict=True)):
-        if need <= available:
+    for index, stage in enumerate(method.stages):
+        if (whole := need(index, stage)) <= available:
             continue
-        for passes in (n for n in range(2, stage.batch + 1) if stage.batch % n == 0):
-            less = (*method.stages[:index], replace(stage, accumulate=passes), *method.stages[index + 1 :])
-            if needs(less)[index] <= available:
-                remedy = f"--set {stage.name}.accumulate={passes} would fit"
+        settings, least = "", whole
+        for less, settings in smaller(stage, method.window or 0):
+            if (least := need(index, less)) <= available:
+                remedy = f"{settings} would fit"
                 break
         else:
-            remedy = "no number of passes would fit; shorten its length, or take a smaller teacher or a larger machine"
-        raise ValueError(
-            f"stage {stage.name!r} needs about {need / 2**30:.1f} GiB of memory, and there are {available / 2**30:.1f}; {remedy}"
-        )
+            even_so = f"even {settings} needs {gib(least)}" if settings else "it cannot be made smaller"
+            remedy = f"{even_so}; take a smaller teacher or a larger machine"
+        raise ValueError(f"stage {stage.name!r} needs about {gib(whole)} of memory, and there are {gib(available)}; {remedy}")
+
+
+def smaller(stage: Stage, window: int) -> Iterator[tuple[Stage, str]]:
+    """A stage in ever smaller forms, and what to set for each: more passes, which changes no result, then shorter rows, then fewer
+    weights that are trained."""
+
+    def form(**changes) -> tuple[Stage, str]:
+        named = {name: value for name, value in changes.items() if value != getattr(stage, name)}
+        return replace(stage, **named), " ".join(f"--set {stage.name}.{name}={value}" for name, value in named.items())
+
+    for passes in (n for n in range(2, stage.batch + 1) if stage.batch % n == 0):
+        yield form(accumulate=passes)
+    length = stage.length
+    while length // 2 > max(2 * window, SHORTEST):
+        length //= 2
+        yield form(accumulate=stage.batch, length=length)
+    if stage.train == "all":
+        yield form(accumulate=stage.batch, length=length, train="mixer")
+
+
+def gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
 
 
 def outputs(module: nn.Module) -> int:
