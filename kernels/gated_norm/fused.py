@@ -193,7 +193,7 @@ def laid(tensors: tuple[Tensor | None, ...]) -> tuple[tuple[Tensor | None, ...],
     if len(sizes) > 3:
         return laid(tuple(None if x is None else x.contiguous() for x in tensors))
     missing = 3 - len(sizes)
-    sizes, joined = [1] * missing + sizes, [[0] * len(tensors)] * missing + joined
+    sizes, joined = sizes + [1] * missing, joined + [[0] * len(tensors)] * missing  # one dimension needs no division
     return tensors, (sizes[1], sizes[2]), [stride for own in zip(*joined, strict=True) for stride in own]
 
 
