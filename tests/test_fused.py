@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_ops import _along_time, cast, differentiable, inputs, is_state, poisoned_memory, run  # noqa: F401 (a fixture)
 
+import zoo
 from zoo.evaluate.closeness import assert_close
 from zoo.evaluate.subject import Subject
 from zoo.kernels.dispatch import Op, states_in_place
@@ -115,7 +116,13 @@ def test_a_single_token(op, draw, dtype):
     assert all(torch.equal(x, r) for x, r in zip(empty, fresh, strict=True))
 
 
-@pytest.mark.parametrize("name", ["based", "gla", "jet_nemotron", "mamba", "mamba2", "rwkv6", "rwkv7"])
+SAMPLED = {"based", "gla", "jet_nemotron", "mamba", "mamba2", "rwkv6", "rwkv7"}
+MODELS = [
+    pytest.param(name, marks=() if name in SAMPLED else pytest.mark.slow) for name in zoo.list_models() if Subject(name).traits().causal
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
 def test_models_step_by_kernels(name):
     """Which write new states where the old ones were: whatever a mixer still needs of these, it has to take before."""
     subject = Subject(name)
