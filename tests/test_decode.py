@@ -4,9 +4,10 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers.generation.streamers import BaseStreamer
 
 import zoo
-from zoo import decode
+from zoo import decode, sampling
 from zoo.evaluate import tape
 
 NAMES = ("gla-tiny", "transformer-tiny", "hybrid-tiny")
@@ -121,6 +122,43 @@ def test_what_cannot_be_recorded_runs_as_it_is(recorder, caplog):
     model.model.norm.forward = lambda x: norm(x) * float(x.isfinite().all())  # waits for the device
     assert torch.equal(write(model), expected) and recorder.count == 1
     assert "launched one by one" in caplog.text and "waits for the device" in caplog.text
+
+
+def sixth(ids, scores, **kwargs):
+    """Ends all rows with their sixth token."""
+    return torch.full(ids.shape[:1], ids.shape[1] >= 11)
+
+
+class Listener(BaseStreamer):
+    """What a streamer is told."""
+
+    def __init__(self):
+        self.heard = []
+
+    def put(self, value):
+        self.heard.append(value.tolist())
+
+    def end(self):
+        self.heard.append("end")
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+@pytest.mark.parametrize("stop", ["end", "length", "sixth"])
+def test_a_host_that_is_a_step_ahead_writes_the_same(stop, sampled, recorder, monkeypatch):
+    """Also where it ends, what it streams, and which random numbers are next."""
+    model, told, used = make("gla-tiny"), [], []
+    monkeypatch.setattr("zoo.model.sample", lambda *args: used.append(1) or sampling.sample(*args))
+    free = write(model, batch=3, tokens=12)[:, 5:]
+    ends = {"end": {"eos_token_id": free[:, 4].tolist()}, "length": {}, "sixth": {"stopping_criteria": [sixth]}}[stop]
+    for recorded in (False, True):
+        torch.manual_seed(1)
+        listener = Listener()
+        out = write(model, batch=3, tokens=12, recorded=recorded, streamer=listener, do_sample=sampled, top_k=3, **ends)
+        told.append((out.tolist(), listener.heard, torch.rand(1).item()))
+    assert told[0] == told[1] and len(used) == 2
+    if not sampled:
+        last = max(next(i for i, token in enumerate(row) if token in free[:, 4]) for row in free)
+        assert len(told[0][0][0]) == 5 + {"end": last + 1, "length": 12, "sixth": 6}[stop]
 
 
 def test_a_table_of_positions_still_ends_somewhere(recorder):

@@ -27,6 +27,7 @@ from zoo.kernels.dispatch import states_in_place
 from zoo.layers import make_norm, token_positions
 from zoo.loss import chunked_cross_entropy
 from zoo.mixer import Layer
+from zoo.sampling import sample, suits
 from zoo.saving import CheckpointMixin
 
 # what the Trainer and the flattening collator send along and a zoo model needs no more than its cu_seq_lens_q
@@ -222,6 +223,11 @@ class ZooGenerationMixin(GenerationMixin):
         if obstacle(self) is None:
             keep = own and not generation_config.return_dict_in_generate
             model_kwargs["steps"] = Steps(self, max_cache_length + 1, keep)
+
+    def _sample(self, input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus=False, streamer=None, **model_kwargs):
+        if not suits(generation_config, synced_gpus, model_kwargs):
+            return super()._sample(input_ids, logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, **model_kwargs)
+        return sample(self, input_ids, logits_processor, stopping_criteria, generation_config, streamer, model_kwargs)
 
 
 class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
