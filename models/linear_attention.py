@@ -22,7 +22,7 @@ from zoo.fla import GATED_MLP, SHELL, fla_layout, layer
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import RMSNorm, merge_heads, projected_sizes, split_heads, wide
+from zoo.layers import ReluFeatures, RMSNorm, merge_heads, projected_sizes, split_heads, wide
 from zoo.mixer import Layer, Mixer, State, Traits
 from zoo.registry import register
 
@@ -54,17 +54,6 @@ class ProductFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.first(x) * self.second(x)
-
-
-class ReluFeatures(nn.Module):
-    """`relu(W x)`, the same for all heads (T2R, arXiv:2103.13076)."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.layer = nn.Linear(channels, channels, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.layer(x))
 
 
 class SoftmaxFeatures(Layer):

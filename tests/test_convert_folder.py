@@ -158,7 +158,7 @@ def test_published_recipes_run_at_a_small_scale(teacher, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "halo"], "cannot be run yet, for want of: "),
+        (["--recipe", "halo"], "select=recall reads an aligned student; align every layer first"),
         (["--recipe", "lolcat"], "no recipe 'lolcat' (did you mean 'lolcats'?)"),
         (["--recipe", "ahn"], "would teach this student nothing: stage 'distil': rows of 512 tokens never leave the window of 32640"),
         (["--mixer", "glaa"], "no mixer 'glaa' (did you mean 'gla'?)"),
@@ -198,11 +198,15 @@ def test_data_are_split_and_checked(tmp_path):
         rows_of(torch.arange(7), 8, "text")
 
 
-def test_plan_and_list_print(teacher, capsys):
+def test_plan_and_list_print(teacher, tmp_path, capsys):
     assert convert("list") == 0
     assert "radlads         arXiv:2505.03005" in capsys.readouterr().out
-    assert convert("plan", teacher, "--recipe", "halo") == 0
-    assert "not yet" not in (shown := capsys.readouterr().out) and "Cannot be run yet, for want of" in shown
+    path = tmp_path / "own.yaml"
+    path.write_text("title: mine\npaper: none\nmixer: gla\nneeds: [the moon]\nstages: [{name: a, target: tokens, loss: ce, train: all}]\n")
+    assert convert("plan", teacher, "--recipe", str(path)) == 0
+    assert "Cannot be run yet, for want of\n  the moon" in capsys.readouterr().out
+    assert convert("init", teacher, "--recipe", str(path), "-o", str(tmp_path / "out")) == 2
+    assert "cannot be run yet, for want of: the moon" in capsys.readouterr().err
     assert convert("plan", teacher, "--keep-attention", "0,2", "--json") == 0
     assert json.loads(capsys.readouterr().out)["strip"] == "A X A"
 

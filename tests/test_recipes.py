@@ -2,9 +2,16 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
 
-from zoo.convert.recipe import list_recipes, load_recipe, read_method, settled
+import zoo
+from zoo.convert import load_teacher
+from zoo.convert.folder import Job, advance, start
+from zoo.convert.gates import run_gates
+from zoo.convert.recipe import Method, list_recipes, load_recipe, read_method, settled
+from zoo.convert.show import recipes_text
 
 PUBLISHED = {
     "t2r", "supra", "hedgehog", "lolcats", "liger", "lizard", "lawcat", "mohawk", "mamba_in_llama", "radlads", "arwkv", "halo", "ahn",
@@ -15,7 +22,7 @@ PUBLISHED = {
 def test_the_published_recipes_are_there():
     assert set(list_recipes()) == PUBLISHED | {"zoo"}
     assert all(load_recipe(name).paper.startswith("arXiv:") for name in PUBLISHED)
-    assert not load_recipe("zoo").missing() and not load_recipe("radlads").missing()
+    assert not any(load_recipe(name).missing() for name in list_recipes())
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -86,3 +93,58 @@ def test_a_file_that_is_no_recipe(tmp_path):
         load_recipe(str(path))
     path.write_text("title: mine\npaper: none\nmixer: gla\nstages: [{name: a, target: tokens, loss: ce, train: all}]\n")
     assert load_recipe(str(path)).name == "own"
+
+
+# -- each of them, run ---------------------------------------------------------------------------------------------------
+
+WINDOWS = {
+    "ahn": {"mixer_args.window": 6, "mixer_args.sinks": 2}, "lolcats": {"mixer_args.window": 6}, "liger": {"mixer_args.window": 6},
+    "lizard": {"window": 6, "sinks": 2}, "zoo": {"window": 6, "sinks": 2, "select": "uniform"}, "halo": {"select": "uniform"},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    torch.manual_seed(0)
+    model = zoo.from_config("transformer-tiny", num_hidden_layers=2, tie_word_embeddings=True)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=generator) * 0.2)
+    folder = tmp_path_factory.mktemp("teacher")
+    model.save_pretrained(folder)
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 256, 900).astype(np.int32))
+    return folder
+
+
+def small(name: str) -> Method:
+    """The recipe with windows, rows and steps for a teacher of a few thousand weights; every stage takes three steps."""
+    changes = WINDOWS.get(name, {})
+    for stage in load_recipe(name).stages:
+        changes |= {f"{stage.name}.length": 16, f"{stage.name}.batch": 2, f"{stage.name}.tokens": 96}
+    return load_recipe(name, changes)
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_a_recipe_runs_interrupted_as_uninterrupted_and_its_gates_hold(name, teacher, tmp_path):
+    job = Job(str(teacher), small(name), (str(teacher / "tokens.npy"),))
+    steps = 3 * len(job.method.stages)
+    for folder, stops in (("whole", []), ("parts", [1, 4])):
+        start(tmp_path / folder, job, print)
+        taken = iter(range(1, 1000))
+        while not advance(tmp_path / folder, print, progress=False, stop=lambda taken=taken, stops=stops: next(taken) in stops):
+            pass
+        assert next(taken) == steps + 1, "a step was taken twice"
+    reports = [json.loads((tmp_path / folder / "report.json").read_text()) for folder in ("whole", "parts")]
+    assert reports[0]["losses"] == reports[1]["losses"] and [len(each) for each in reports[0]["losses"].values()] == [3] * (steps // 3)
+    whole, parts = (zoo.from_pretrained(tmp_path / folder).eval() for folder in ("whole", "parts"))
+    assert all(torch.equal(weight, parts.state_dict()[key]) for key, weight in whole.state_dict().items())
+    assert whole.config.tie_word_embeddings and len(whole.state_dict()) == len(parts.state_dict())
+    ids = torch.randint(0, 256, (1, 48), generator=torch.Generator().manual_seed(2))
+    found = run_gates(load_teacher(str(teacher), dtype=torch.float32), whole, ids)
+    assert not any(found.values()), found
+
+
+def test_what_a_recipe_does_otherwise_is_said():
+    assert "otherwise than its paper: sinks of the window are the first tokens" in recipes_text()
+    assert load_recipe("lizard").differs and not load_recipe("radlads").differs

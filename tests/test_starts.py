@@ -131,12 +131,15 @@ def test_a_layer_is_measured_as_its_attention_says():
     assert facts.heads.shape == (2, 24, WIDTH)
 
 
+DECAYING = ["gla", "gated_deltanet", "kda", "jet_nemotron", "mamba2", "mamba2_in_llama", "qrwkv7", "qrwkv6", "rwkv6", "rwkv7"]
+
+
 @pytest.mark.parametrize(
-    "name", ["gla", "gated_deltanet", "kda", "jet_nemotron", "mamba2", "mamba2_in_llama", "qrwkv7", "qrwkv6", "rwkv6", "rwkv7"]
+    ("name", "args"), [(name, {}) for name in DECAYING] + [("linearized", {"decay": kind}) for kind in ("scalar", "channel")]
 )
-def test_half_is_forgotten_over_the_measured_distance(name):
+def test_half_is_forgotten_over_the_measured_distance(name, args):
     teacher = make_teacher()
-    student = convert(teacher, mixer=name, window=None, starts={"decay": "measured"}, rows=tokens())
+    student = convert(teacher, mixer=name, mixer_args=args, window=None, starts={"decay": "measured"}, rows=tokens())
     mixer, facts, seen = student.model.layers[0].mixer, facts_of(teacher), []
     with torch.no_grad(), operators_seen(lambda op, tensors, options: seen.append(tensors.get("log_decay"))):
         ask_mixer(mixer, facts.read)
@@ -188,6 +191,7 @@ def test_heads_and_rates_are_fitted():
     ("mixer", "starts", "message"),
     [
         ("retnet", {"decay": "measured"}, r"init\.decay=measured: RetNetMixer has no decay that could be set"),
+        ("linearized", {"decay": "measured"}, r"init\.decay=measured: LinearizedMixer has no decay that could be set"),
         ("gla", {"rate": "measured"}, r"init\.rate=measured: GLAMixer has no beta_proj"),
         ("gla", {"skip": "zero"}, r"init\.skip=zero: GLAMixer has no D"),
         ("gla", {"gate": "one"}, r"the gate of GLAMixer has no bias"),

@@ -210,6 +210,17 @@ class HedgehogFeatures(Layer):
         return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1).clamp(min=1e-12)
 
 
+class ReluFeatures(nn.Module):
+    """`relu(W x)`, the same for all heads (T2R, arXiv:2103.13076)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layer = nn.Linear(channels, channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.relu(self.layer(x))
+
+
 def wide(x: Tensor) -> Tensor:
     """x in float32, or as it is in float64: for gates and decays, which must not be rounded to half precision."""
     return x if x.dtype == torch.float64 else x.float()

@@ -26,7 +26,7 @@ from zoo.convert.recipe import Method, Stage, read_method
 from zoo.convert.report import LENGTHS, Row, write_report
 from zoo.convert.select import ALIGNED, hybrid, layer_scores, select_layers
 from zoo.convert.stream import Shelf, align, fitting, write, write_student
-from zoo.convert.student import convert, converted_layers
+from zoo.convert.student import convert, converted_layers, positions_kept
 from zoo.convert.teacher import load_teacher
 from zoo.evaluate.perplexity import perplexity
 from zoo.evaluate.speed import generation_speed, state_bytes
@@ -124,7 +124,7 @@ def begin(job: Job, teacher: nn.Module, kept: Iterable[int], aligned: nn.Module 
     method = job.method
     torch.manual_seed(job.seed)
     if aligned is not None:
-        student = hybrid(teacher, aligned, kept)
+        student = hybrid(teacher, aligned, kept, **positions_kept(method.rope))
     else:
         student = convert(teacher, mixer=method.mixer, keep=kept, window=method.window, sinks=method.sinks, mixer_args=method.mixer_args,
                           inherit=method.inherit, rope=method.rope, starts=method.init, rows=probe(job, teacher))  # fmt: skip

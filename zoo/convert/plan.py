@@ -173,7 +173,8 @@ def warnings(teacher: Blueprint, method: Method, account: Account, student: nn.M
     """What should be known before time is spent."""
     layer, replaced = teacher.model.config.layer_configs()[0], converted_layers(student)
     known = {f.name for f in fields(type(student.config.layer_configs()[replaced[0]]))} if replaced else set()
-    found = [f"{count} weights are dropped: {why}" for why, count in Counter(account.dropped.values()).items()]
+    found = [f"otherwise than the paper: {what}" for what in method.differs]
+    found += [f"{count} weights are dropped: {why}" for why, count in Counter(account.dropped.values()).items()]
     if method.window is None and "window" not in known and (early := [index for index in replaced if index < 2]):
         found.append(f"layers {early} lose attention without a window beside them; the first layers suffer most")
     if replaced and method.window is None and layer.rope_theta is not None and "rope_theta" not in known:
@@ -187,7 +188,7 @@ def warnings(teacher: Blueprint, method: Method, account: Account, student: nn.M
 
 def settings(method: Method) -> dict[str, tuple]:
     """Every effective value, and where it is from."""
-    found = {f.name: getattr(method, f.name) for f in fields(Method) if f.name not in ("stages", "origin", "needs")}
+    found = {f.name: getattr(method, f.name) for f in fields(Method) if f.name not in ("stages", "origin", "needs", "differs")}
     found |= {f"{stage.name}.{f.name}": getattr(stage, f.name) for stage in method.stages for f in fields(Stage) if f.name != "name"}
     return {name: (value, method.origin[name]) for name, value in found.items()}
 
@@ -212,7 +213,7 @@ def plan_stage(teacher: nn.Module, student: nn.Module, stage: Stage, fresh: set[
     )
     memory = {
         "teacher": WEIGHT * sum(p.numel() for p in teacher.parameters()),
-        "student": WEIGHT * sum(p.numel() for p in parameters.values()),
+        "student": WEIGHT * (sum(p.numel() for p in parameters.values()) + unties(student, stage) * student.lm_head.weight.numel()),
         "gradients": GRADIENT * count,
         "moments": MOMENTS * count,
         "activations": 4 * row_tokens // stage.accumulate * (max(inside, default=0) if by_layer else sum(inside)),

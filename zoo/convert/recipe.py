@@ -39,7 +39,6 @@ STARTS = {  # what of a mixer the teacher has no weight for -> how it may begin;
     "values": ("native", "measured"),
 }
 SELECTORS = ("none", "uniform", "window", "recall", "bypass", "swap", "restore")  # how the layers that stay are found
-RUNS = {"select": SELECTORS}  # what the engine does of these
 
 
 @dataclass(frozen=True)
@@ -143,6 +142,7 @@ class Method:
         keep, select: which layers stay: a share below one, a number, or their indices; and how they are found.
         stages: the trainings, in order.
         needs: what else its paper does and no field here can say; such a recipe is known, but cannot be run.
+        differs: what it does otherwise than its paper; it is said wherever the recipe is shown.
         origin: field, or `stage.field` -> where its value is from: "recipe", "default" or whatever changed it.
     """
 
@@ -160,6 +160,7 @@ class Method:
     keep: float | int | tuple[int, ...] = 0
     select: str = "none"
     needs: tuple[str, ...] = ()
+    differs: tuple[str, ...] = ()
     origin: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -176,7 +177,7 @@ class Method:
 
     def missing(self) -> list[str]:
         """What of it the engine lacks; empty: it can be run."""
-        return [f"select {self.select!r}"] * (self.select not in RUNS["select"]) + list(self.needs)
+        return list(self.needs)
 
     def kept(self, layers: int) -> int | tuple[int, ...]:
         """How many of the teacher's layers stay, or which."""
@@ -243,7 +244,7 @@ def read_method(content: dict, changes: dict, why: str = "command line", origin:
     check_fields(f"recipe {content.get('name')!r}", Method, content)
     pairs = ("betas", "lora_targets")
     read = [Stage(**stage | {name: tuple(stage[name]) for name in pairs if name in stage}) for stage in stages.values()]
-    tuples = {name: tuple(content[name]) for name in ("inherit", "needs", "keep") if isinstance(content.get(name), list)}
+    tuples = {name: tuple(content[name]) for name in ("inherit", "needs", "differs", "keep") if isinstance(content.get(name), list)}
     known = {f.name for f in dataclasses.fields(Method)} | {f"{s}.{f.name}" for s in stages for f in dataclasses.fields(Stage)}
     origins = dict.fromkeys(sorted(known), "default") | origins
     return Method(**content | tuples | {"stages": tuple(read), "origin": origins})

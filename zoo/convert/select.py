@@ -264,8 +264,10 @@ def selection(
 # -- what the choice makes -------------------------------------------------------------------------------------------------
 
 
-def hybrid(teacher: nn.Module, aligned: nn.Module, kept: Iterable[int]) -> nn.Module:
+def hybrid(teacher: nn.Module, aligned: nn.Module, kept: Iterable[int], **changes) -> nn.Module:
     """A student with the teacher's attention in the layers `kept`, and everything else as in the aligned student.
+
+    Args: changes: fields of that attention's config that are to be others (`rope_theta=None`).
 
     Raises:
         ValueError: a layer to keep that was never replaced, or that there is not.
@@ -275,7 +277,7 @@ def hybrid(teacher: nn.Module, aligned: nn.Module, kept: Iterable[int]) -> nn.Mo
     if wrong := [index for index in kept if not 0 <= index < len(layers)]:
         raise ValueError(f"layers {wrong} cannot be kept, the teacher has 0 to {len(layers) - 1}")
     for index in kept:
-        plan[index] = attention_entry(layers[index])
+        plan[index] = attention_entry(layers[index], **changes)
     config = HybridConfig(**teacher.config.shared_fields() | {"tie_word_embeddings": aligned.config.tie_word_embeddings}, plan=plan)
     with torch.device(aligned.device):
         student = model_class(config, "causal_lm")(config).to(aligned.dtype)

@@ -13,6 +13,7 @@ def recipes_text() -> str:
         stages = " -> ".join(f"{stage.target}.{stage.loss}:{stage.train}" for stage in method.stages)
         lines += [f"{name:<15} {method.paper:<17} {method.mixer:<17} {stages}"]
         lines += [f"{'':<15} not yet: {what}" for what in method.missing()]
+        lines += [f"{'':<15} otherwise than its paper: {what}" for what in method.differs]
     return "\n".join(lines)
 
 

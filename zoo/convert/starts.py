@@ -145,10 +145,11 @@ def forget_over(mixer: Mixer, distance: Tensor) -> None:
         silence(mixer.in_proj, *roles["dt"][1])
         mixer.dt_bias.fill_(math.log(math.e - 1))  # steps of one, so that values are written as they are
         mixer.A_log.copy_(spread(rate, mixer.heads).log())
-    elif kind is not None:
+    elif kind is not None and projection is not None:
         silence(projection)
-        channels = getattr(mixer, "keys", mixer.out_proj.in_features // mixer.heads)
-        projection.up.bias.copy_(LOGITS[kind](spread(rate, len(projection.up.bias) // channels, channels), mixer))
+        bias = (projection.up if isinstance(projection, LowRank) else projection).bias
+        channels = getattr(mixer, "decay_channels", getattr(mixer, "keys", mixer.out_proj.in_features // mixer.heads))
+        bias.copy_(LOGITS[kind](spread(rate, len(bias) // channels, channels), mixer))
     else:
         raise ValueError(f"init.decay=measured: {type(mixer).__name__} has no decay that could be set; choose native")
 
@@ -156,6 +157,7 @@ def forget_over(mixer: Mixer, distance: Tensor) -> None:
 # rate of decay, mixer -> the bias of its `decay_proj` that gives it
 LOGITS: dict[str, Callable[[Tensor, Mixer], Tensor]] = {
     "gla": lambda rate, mixer: torch.logit(torch.exp(-rate * mixer.temperature)),
+    "linearized": lambda rate, mixer: torch.logit(torch.exp(-rate * mixer.temperature)),
     "rwkv6": lambda rate, mixer: rate.log(),
     "qrwkv6": lambda rate, mixer: rate.log(),
     "rwkv7": lambda rate, mixer: torch.logit(rate / FASTEST),

@@ -85,7 +85,7 @@ def student_config(
             f"window={window} with sinks={sinks}: a window is at least one token, sinks cannot be negative; window=None is no window"
         )
     choose("rope", rope, ROPES)
-    stays = {"rope_theta": None} if rope == "replaced_only" else {}
+    stays = positions_kept(rope)
     plan = [
         attention_entry(layer, **stays)
         if index in keep
@@ -121,6 +121,11 @@ def converted_entry(layer: ZooConfig, mixer: str, window: int | None, sinks: int
     if layer.window is not None:
         window = min(window, layer.window)
     return {"mixer": "parallel", "branches": [attention_entry(layer, window=window, sinks=max(sinks, layer.sinks)), replacement]}
+
+
+def positions_kept(rope: str) -> dict:
+    """What changes in the layers that stay."""
+    return {"rope_theta": None} if rope == "replaced_only" else {}
 
 
 def positions(config: type[ZooConfig], layer: ZooConfig, rope: str) -> dict:
