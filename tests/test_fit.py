@@ -176,8 +176,8 @@ def test_maps_that_cannot_be_compared_are_refused():
         Fit(fit.teacher, convert(fit.teacher.bfloat16(), mixer="gla"), fit.rows, fit.stage)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-def test_divergence_in_chunks_is_the_plain_one(reverse):
+@pytest.mark.parametrize(("reverse", "both"), [(False, False), (True, False), (False, True)])
+def test_divergence_in_chunks_is_the_plain_one(reverse, both):
     def drawn(seed: int, *shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
@@ -185,14 +185,17 @@ def test_divergence_in_chunks_is_the_plain_one(reverse):
     for seed, head in enumerate(heads):
         head.weight.data = drawn(seed, 2**18, 8).float()
     expected, results = drawn(3, 2, 40, 8).float(), []
+    labels = torch.randint(0, 2**18, (2, 40), generator=torch.Generator().manual_seed(5)) if both else None
     for chunked in (True, False):
         states = drawn(4, 2, 40, 8).float().requires_grad_()
         if chunked:
-            value = divergence(states, expected, *heads, 2**18, reverse=reverse)
+            value = divergence(states, expected, *heads, 2**18, reverse=reverse, labels=labels, weight=0.25 if both else 1.0)
         else:
             found, wanted = (F.log_softmax(head(x), -1) for head, x in zip(heads, (states, expected), strict=True))
             p, q = (found, wanted) if reverse else (wanted, found)
             loss = (p.exp() * (p - q)).sum(-1).mean()
+            if both:
+                loss = 0.25 * loss + F.nll_loss(found[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
             value = loss.item()
             loss.backward()
         results.append((value, states.grad, heads[0].weight.grad.clone()))
@@ -215,6 +218,20 @@ def test_a_batch_in_several_passes_is_the_batch(target, loss):
         moved = (p - before[name]).abs().max()
         assert (dict(parts.student.named_parameters())[name] - p).abs().max() <= 1e-4 * moved, name
     assert any(not torch.equal(p, before[name]) for name, p in whole.student.named_parameters())
+
+
+@pytest.mark.parametrize(("target", "loss"), [("mixer_out", "mse"), ("attention_map", "frobenius"), ("logits", "fkl")])
+def test_gradients_are_clipped_by_what_learns_by_itself(target, loss):
+    fit = make_fit(target, loss, clip=1e-3)
+    before = {name: p.detach().clone() for name, p in fit.parameters.items()}
+    fit.optimizer = torch.optim.SGD([{"params": list(fit.parameters.values()), "pace": 1.0}], lr=1.0)
+    fit.stage = replace(fit.stage, learning_rate=1.0, warmup=0.0)
+    fit.run(after=lambda fit: len(fit.history) == 1)
+    moved = {layer: [p - before[name] for name, p in fit.parameters.items() if f".{layer}.mixer" in name] for layer in (0, 2)}
+    norms = [torch.cat([each.flatten() for each in some]).norm().item() for some in moved.values()]
+    assert (norms if target != "logits" else [sum(n * n for n in norms) ** 0.5]) == pytest.approx(
+        [1e-3] * (1 + (target != "logits")), rel=1e-3
+    )
 
 
 def test_errors_are_what_their_names_say():
@@ -276,6 +293,17 @@ def test_what_the_engine_lacks_is_refused():
     with pytest.raises(ValueError, match="finds no weight"):
         fit = make_fit("logits", "fkl", "new")
         Fit(fit.teacher, fit.student, fit.rows, fit.stage)
+
+
+@pytest.mark.parametrize("name", ["blocks", "student-forced", "matrices"])
+def test_a_layer_that_is_not_finite_is_named(name):
+    fit = fit_of(name)
+    with torch.no_grad():
+        fit.student.model.layers[2].mixer.q_proj.weight[0, 0] = float("nan")
+    before = fit.student.model.layers[0].mixer.q_proj.weight.clone()
+    with pytest.raises(FloatingPointError, match="layer 2: the loss is nan at step 1"):
+        fit.run()
+    assert torch.equal(fit.student.model.layers[0].mixer.q_proj.weight, before)
 
 
 def test_a_loss_that_is_not_finite_is_named_and_not_taken():

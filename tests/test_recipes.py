@@ -1,6 +1,7 @@
 """Recipes of conversion: each can be read, and what is wrong in one is named."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,6 +144,14 @@ def test_a_recipe_runs_interrupted_as_uninterrupted_and_its_gates_hold(name, tea
     ids = torch.randint(0, 256, (1, 48), generator=torch.Generator().manual_seed(2))
     found = run_gates(load_teacher(str(teacher), dtype=torch.float32), whole, ids)
     assert not any(found.values()), found
+
+
+def test_the_documents_name_every_recipe_and_whether_it_differs():
+    rows = [line.split("|") for line in (Path(__file__).parent.parent / "docs/convert.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    said = {row[1].strip(" `"): row[4].strip() for row in rows if len(row) == 6}
+    for name in set(list_recipes()) - {"zoo"}:
+        method = load_recipe(name)
+        assert bool(said[name]) == bool(method.differs) and not method.missing(), name
 
 
 def test_what_a_recipe_does_otherwise_is_said():
