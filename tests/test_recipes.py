@@ -147,7 +147,8 @@ def test_a_recipe_runs_interrupted_as_uninterrupted_and_its_gates_hold(name, tea
 
 
 def test_the_documents_name_every_recipe_and_whether_it_differs():
-    rows = [line.split("|") for line in (Path(__file__).parent.parent / "docs/convert.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    text = (Path(__file__).parent.parent / "docs" / "convert.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
     said = {row[1].strip(" `"): row[4].strip() for row in rows if len(row) == 6}
     for name in set(list_recipes()) - {"zoo"}:
         method = load_recipe(name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from zoo.auto import model_class, raw_config
-from zoo.convert.teacher import PACKAGED, check_teacher
+from zoo.convert.teacher import PACKAGED, check_teacher, plain_config
 from zoo.foreign import with_defaults
 from zoo.keys import TIED, Plan, Report, refuse
 from zoo.layout import Layout, find_layout
@@ -77,6 +77,7 @@ def blank_teacher(path: str) -> tuple[nn.Module, Layout | None]:
     else:
         entry, layout = find_layout(raw)
         config = entry.config(**layout.config_map(with_defaults(raw, layout)))
+    config = plain_config(config)
     with torch.device("meta"):
         model = model_class(config, "causal_lm")(config)
     check_teacher(model)

@@ -77,7 +77,7 @@ class Shelf:
             AutoConfig.from_pretrained(path) if json.loads(Path(path, "config.json").read_text())["model_type"] == "zoo_hybrid" else None
         )
         self.model, self.layout = blank_teacher(str(path)) if config is None else (blank(config), None)
-        self.dtype = self.tensors[next(name for name in self.tensors if "norm" in name)].dtype
+        self.dtype = next(dtype for name in self.tensors if (dtype := self.tensors[name].dtype).is_floating_point)
 
     def state(self, prefix: str) -> State:
         """Its tensors of this beginning, in the dtype of the files."""

@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from zoo.auto import from_pretrained
+from zoo.auto import from_pretrained, model_class
+from zoo.config import ZooConfig
 from zoo.evaluate.closeness import assert_close
+from zoo.models.hybrid import HybridConfig
 from zoo.saving import whole_or_nothing
 from zoo.stored import read_gguf, read_gguf_tokenizer
 
@@ -103,8 +105,35 @@ def load_teacher(path: str, **kwargs) -> nn.Module:
         ValueError: it is no causal transformer.
     """
     model = from_pretrained(path, task="causal_lm", **kwargs)
+    config = plain_config(model.config)
+    if config is not model.config:
+        state, generation = model.state_dict(), model.generation_config
+        with torch.device("meta"):
+            model = model_class(config, "causal_lm")(config)
+        model.load_state_dict(state, assign=True)
+        model.tie_weights()
+        model.generation_config = generation
     check_teacher(model)
     return model.eval().requires_grad_(False)
+
+
+def plain_config(config: ZooConfig) -> ZooConfig:
+    """The config of the same model as a plan of transformer layers, where it is another and such a plan can say what it says.
+
+    Raises:
+        ValueError: it is a Gemma 2 whose queries are scaled otherwise than by the width of a head.
+    """
+    if config.name != "gemma2":
+        return config
+    if config.query_scalar != config.head_dim:
+        raise ValueError(
+            f"a Gemma 2 with query_pre_attn_scalar={config.query_scalar} beside head_dim={config.head_dim} cannot be a teacher; "
+            "choose one in which they are equal"
+        )
+    same = {name: getattr(config, name) for name in ("num_heads", "num_kv_heads", "head_dim", "rope_theta", "rope_scaling", "softcap")}
+    entry = {"mixer": "transformer", "qkv_bias": config.bias, "out_bias": config.bias} | same
+    plan = [entry if index in config.full_layers else entry | {"window": config.window} for index in range(config.num_hidden_layers)]
+    return HybridConfig(**config.shared_fields(), plan=plan)
 
 
 def check_teacher(model: nn.Module) -> None:
