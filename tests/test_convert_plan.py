@@ -15,8 +15,9 @@ from zoo.convert import convert, converted_layers, load_teacher
 from zoo.convert.cost import assumed, duration, measure_pace
 from zoo.convert.fit import Fit
 from zoo.convert.headers import read_blueprint, read_headers, write_headers
-from zoo.convert.plan import blank_student, check_memory, even, layout_config, make_plan, smaller
+from zoo.convert.plan import blank_student, check_memory, layout_config, make_plan, smaller
 from zoo.convert.recipe import load_recipe, settled
+from zoo.convert.select import even
 from zoo.convert.show import amount, plan_text, recipes_text
 from zoo.evaluate.speed import state_bytes
 
@@ -202,6 +203,18 @@ def test_plans_in_the_documents_are_what_plan_says():
     script = importlib.import_module("zoo.scripts.write_plans")
     text = script.DOCUMENT.read_text(encoding="utf-8")
     assert script.written(text) == text, "run python scripts/write_plans.py"
+
+
+def test_a_choice_can_be_bound(folder):
+    def strip(**changes) -> str:
+        return make_plan(read_blueprint(str(folder)), load_recipe("zoo", changes)).strip
+
+    assert strip(keep=2) == "X A X A" and strip(keep=2, must_keep=[0]) == "A A X X"
+    assert strip(keep=2, must_keep=[0], min_gap=3) == "A X X A"
+    with pytest.raises(ValueError, match="cannot keep 3 of 4 layers"):
+        strip(keep=3, min_gap=2)
+    with pytest.raises(ValueError, match="keep names the layers that stay, so must_keep and min_gap bind nothing"):
+        strip(keep=[1], min_gap=2)
 
 
 def test_an_even_spread():

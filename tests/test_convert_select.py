@@ -168,7 +168,7 @@ def test_the_command_aligns_once_and_begins_from_it(teacher, tmp_path, capsys):
     byte_tokenizer().save_pretrained(folder)
     text.write_text("".join(chr(97 + i * i % 23) + (" " if i % 5 == 0 else "") for i in range(3000)))
     run = ["convert", "run", folder, *SMALL, "--data", str(text)]
-    assert main([*run, "--keep-attention", "0", "--stages", "align", "-o", str(tmp_path / "aligned")]) == 0
+    assert main([*run, "--keep-attention", "0", "--select", "recall", "--stages", "align", "-o", str(tmp_path / "aligned")]) == 0
     capsys.readouterr()
     chosen = ["--aligned", str(tmp_path / "aligned"), "--keep-attention", "1", "2", "--length", "32", "--data", str(text)]
     assert main(["convert", "select", folder, "--signal", "swap", *chosen, "--json", "-o", str(tmp_path / "selected")]) == 0

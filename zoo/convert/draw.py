@@ -176,7 +176,8 @@ def draw_students(results: dict[str, dict], path: Path) -> None:
     colours = [COLOURS["final"] if found["group"] == "student" else COLOURS["converted"] for found in some.values()]
     quality.bar_label(quality.barh(list(some), ratios, color=colours), fmt="%.2f")
     quality.invert_yaxis()
-    quality.set(title="Perplexity over the teacher's", xscale="log")
+    quality.set(title="Perplexity over the teacher's", xscale="log" if max(ratios) > 10 * min(ratios) else "linear")
+    quality.minorticks_off()
     quality.margins(x=0.15)
     for name, found in {"teacher": results["teacher"], **some}.items():
         if name == "teacher" or found["group"] == "student":

@@ -419,15 +419,14 @@ def choose_layers(teacher: nn.Module, method: Method, train: Tensor, say: Say, a
     kept, signal, window = method.kept(count), method.select.replace("none", "uniform"), method.window or 64
     if isinstance(kept, tuple):
         return kept
+    signal = signal if 0 < kept < count else "uniform"
     if signal in ALIGNED and aligned is None:
         raise ValueError(f"select={signal} reads an aligned student; align every layer first, and name its folder: --aligned FOLDER")
     rows = spread(rows_of(train, max(4 * window, method.stages[0].length), "text"), 2)
-    if 0 < kept < count and signal != "uniform":
+    if signal != "uniform":
         say(f"looking for {kept} layers to keep, by {signal}")
-    else:
-        signal = "uniform"
     scores = layer_scores(signal, teacher, rows, aligned=aligned, window=window, sinks=method.sinks)
-    return tuple(select_layers(signal, scores, kept))
+    return tuple(select_layers(signal, scores, kept, must_keep=method.must_keep, min_gap=method.min_gap))
 
 
 def held_rows(tokens: Tensor, job: Job) -> Tensor:

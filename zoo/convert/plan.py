@@ -10,7 +10,7 @@ from torch import nn
 from zoo.auto import model_class
 from zoo.convert.headers import Blueprint, size
 from zoo.convert.recipe import Method, Stage, settled
-from zoo.convert.select import even
+from zoo.convert.select import select_layers
 from zoo.convert.student import converted_layers, student_config
 from zoo.convert.trainable import count_trained, trained, unties
 from zoo.convert.weights import Account, seed_student
@@ -109,7 +109,8 @@ def layout_config(model: nn.Module, method: Method) -> HybridConfig:
     """The student's config; where the layers that stay are yet to be found, they are spread evenly."""
     count = len(model.config.layer_configs())
     kept = method.kept(count)
-    kept = even(count, kept) if isinstance(kept, int) else kept
+    if isinstance(kept, int):
+        kept = select_layers("uniform", [0.0] * count, kept, must_keep=method.must_keep, min_gap=method.min_gap)
     return student_config(model.config, method.mixer, kept, method.window, method.sinks, method.mixer_args, method.inherit, method.rope)
 
 

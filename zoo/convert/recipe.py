@@ -140,6 +140,7 @@ class Method:
         rope: rotary positions, one of `ROPES`.
         init: how begins what the teacher has no weight for (`STARTS`).
         keep, select: which layers stay: a share below one, a number, or their indices; and how they are found.
+        must_keep, min_gap: where they are found, layers that are among them, and how far apart any two are at least.
         stages: the trainings, in order.
         needs: what else its paper does and no field here can say; such a recipe is known, but cannot be run.
         differs: what it does otherwise than its paper; it is said wherever the recipe is shown.
@@ -159,6 +160,8 @@ class Method:
     init: dict[str, str] = field(default_factory=dict)
     keep: float | int | tuple[int, ...] = 0
     select: str = "none"
+    must_keep: tuple[int, ...] = ()
+    min_gap: int = 1
     needs: tuple[str, ...] = ()
     differs: tuple[str, ...] = ()
     origin: dict[str, str] = field(default_factory=dict)
@@ -168,6 +171,10 @@ class Method:
             raise ValueError(f"recipe {self.name!r}: no mixer {self.mixer!r}{nearest(self.mixer, registry.list_mixers())}")
         choose(f"recipe {self.name!r}: select", self.select, SELECTORS)
         choose(f"recipe {self.name!r}: rope", self.rope, ROPES)
+        if isinstance(self.keep, tuple) and (self.must_keep or self.min_gap != 1):
+            raise ValueError(
+                f"recipe {self.name!r}: keep names the layers that stay, so must_keep and min_gap bind nothing; leave them out"
+            )
         for what, start in self.init.items():
             choose(f"recipe {self.name!r}: init", what, STARTS)
             choose(f"recipe {self.name!r}: init.{what}", start, STARTS[what])
@@ -244,7 +251,9 @@ def read_method(content: dict, changes: dict, why: str = "command line", origin:
     check_fields(f"recipe {content.get('name')!r}", Method, content)
     pairs = ("betas", "lora_targets")
     read = [Stage(**stage | {name: tuple(stage[name]) for name in pairs if name in stage}) for stage in stages.values()]
-    tuples = {name: tuple(content[name]) for name in ("inherit", "needs", "differs", "keep") if isinstance(content.get(name), list)}
+    tuples = {
+        name: tuple(content[name]) for name in ("inherit", "needs", "differs", "keep", "must_keep") if isinstance(content.get(name), list)
+    }
     known = {f.name for f in dataclasses.fields(Method)} | {f"{s}.{f.name}" for s in stages for f in dataclasses.fields(Stage)}
     origins = dict.fromkeys(sorted(known), "default") | origins
     return Method(**content | tuples | {"stages": tuple(read), "origin": origins})
