@@ -46,8 +46,13 @@ def normalise(x, present, G, eps, LAYER: tl.constexpr):
     """Normalised rows, and what they were multiplied by."""
     if LAYER:
         x = tl.where(present, x - tl.sum(x, 1)[:, None] / G, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(x * x, 1) / G + eps)
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / G + eps)
     return x * inverse[:, None], inverse[:, None]
+
+
+@triton.jit
+def both(a, b, c, d):
+    return a + c, b + d
 
 
 @triton.jit
@@ -131,18 +136,22 @@ def backward(
                 x *= act
         else:
             du = dy
-        n, inverse = normalise(x, present, G, eps, LAYER)
+        dn = du
+        if WEIGHT is not None:
+            dn = du * weight
+        if LAYER:
+            n, inverse = normalise(x, present, G, eps, LAYER)
+            along, mean = tl.reduce((dn * n, dn), 1, both)
+            dx = (dn - n * (along / G)[:, None] - (mean / G)[:, None]) * inverse
+        else:
+            squares, along = tl.reduce((x * x, dn * x), 1, both)
+            inverse = tl.rsqrt(squares / G + eps)[:, None]
+            n = x * inverse
+            dx = (dn - n * ((along / G)[:, None] * inverse)) * inverse
         if WEIGHT is not None:
             dweight += du * n
         if BIAS is not None:
             dbias += du
-        dn = du
-        if WEIGHT is not None:
-            dn = du * weight
-        dx = dn - n * (tl.sum(dn * n, 1)[:, None] / G)
-        if LAYER:
-            dx -= tl.sum(dn, 1)[:, None] / G
-        dx *= inverse
         if GATE is not None:
             if GATE_LAST:
                 u = n
