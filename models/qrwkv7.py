@@ -26,7 +26,7 @@ from zoo import ops
 from zoo.config import ZooConfig
 from zoo.converted import KEPT, PROJECTIONS, derived, read_teacher, write_teacher
 from zoo.kernels.packing import Packing
-from zoo.layers import LowRank, merge_heads, split_heads, token_shift, unit_length, wide
+from zoo.layers import LowRank, merge_heads, mixtures, split_heads, token_shift, unit_length, wide
 from zoo.layout import Layout, Rule, drop, mapped, rename, transpose
 from zoo.mixer import State, Traits
 from zoo.radlads import FIELDS, RADMixer, check, rank_of, read_fields, small, write_fields
@@ -112,8 +112,7 @@ class QRWKV7Mixer(RADMixer):
         mixed, after = dict.fromkeys(READERS, x), {}
         if self.shifts:
             before, after["shift"] = token_shift(x, state["shift"] if state else None, packing)
-            back = before - x
-            mixed |= {name: torch.addcmul(x, back, self.shift_mix[name]) for name in self.readers}
+            mixed |= zip(self.readers, mixtures(x, before, [self.shift_mix[name] for name in self.readers]), strict=True)
         r, k, v, seen = self.project(mixed["r"], mixed["k"], mixed["v"], state, packing)
         log_decay = split_heads(-DECAY * wide(self.decay_proj(mixed["w"])).sigmoid(), self.heads)
         rate = split_heads(wide(self.rate_proj(mixed["a"])).sigmoid().to(k.dtype), self.heads)

@@ -24,7 +24,7 @@ from zoo.config import ZooConfig
 from zoo.fla import RWKV_SHELL, fla_layout, layer, rounded_up
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
-from zoo.layers import GatedNorm, LowRank, merge_heads, orthogonal, split_heads, token_shift, unit_length, wide
+from zoo.layers import GatedNorm, LowRank, merge_heads, mixtures, orthogonal, split_heads, token_shift, unit_length, wide
 from zoo.layout import drop, transpose
 from zoo.mixer import Mixer, State, Traits
 from zoo.registry import register
@@ -125,8 +125,7 @@ class RWKV7Mixer(Mixer):
         self, x: Tensor, state: State | None = None, packing: Packing | None = None, carry: Tensor | None = None
     ) -> tuple[Tensor, State, Tensor]:
         before, shift = token_shift(x, state["shift"] if state else None, packing)
-        back = before - x
-        xr, xw, xk, xv, xa, xg = (torch.addcmul(x, back, self.shift_mix[name]) for name in SHIFTS)
+        xr, xw, xk, xv, xa, xg = mixtures(x, before, [self.shift_mix[name] for name in SHIFTS])
         r, k, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
         log_decay = -DECAY * wide(self.decay_proj(xw)).sigmoid()
         rate = self.rate_proj(xa).sigmoid()
@@ -134,15 +133,15 @@ class RWKV7Mixer(Mixer):
             carry = v
         elif self.residual_proj is not None:
             v = torch.lerp(v, carry, self.residual_proj(xv).sigmoid())
-        removal, k = k * self.k_k.to(k.dtype), k + k * (rate - 1) * self.k_a.to(k.dtype)
+        removal, k = k * self.k_k.to(k.dtype), torch.addcmul(k, k * (rate - 1), self.k_a.to(k.dtype))
         r, k, v, rate, removal, log_decay = (split_heads(t, self.heads) for t in (r, k, v, rate, removal, log_decay))
         removal = unit_length(removal, eps=1e-12)
         o, memory = ops.general_delta_rule(
             r, k, v, -removal, removal * rate, log_decay, state=state["memory"] if state else None, packing=packing, scale=1.0
         )
-        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
-        y = self.out_proj(self.gate_proj(xg) * (self.norm(merge_heads(o)) + merge_heads(bonus)))
-        return y, {"memory": memory, "shift": shift}, carry
+        seen = split_heads(self.norm(merge_heads(o)), self.heads)
+        y = merge_heads(torch.addcmul(seen, (r * k * self.r_k).sum(-1, keepdim=True), v))
+        return self.out_proj(self.gate_proj(xg) * y), {"memory": memory, "shift": shift}, carry
 
 
 def read_fla(foreign: dict) -> dict:

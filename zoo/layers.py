@@ -1,6 +1,7 @@
 """Small parts that several architectures are made of."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +9,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
 from zoo.mixer import Layer
 
@@ -52,10 +54,19 @@ class GatedNorm(Layer):
         return ops.gated_norm(x, self.weight, gate, bias=self.bias, **self.options)
 
 
+class LayerNorm(nn.LayerNorm):
+    """torch's; of single tokens with the kernel of the other norms, which torch's takes three times as long as for so little."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2] > 1 or torch.is_autocast_enabled(x.device.type):  # in which torch's is in float32
+            return super().forward(x)
+        return ops.gated_norm(x, self.weight, bias=self.bias, kind="layer", eps=self.eps)
+
+
 def make_norm(kind: str, width: int, eps: float) -> nn.Module:
     """The norm a config names."""
     if kind in ("layernorm", "biasless_layernorm"):
-        return nn.LayerNorm(width, eps=eps, bias=kind == "layernorm")
+        return LayerNorm(width, eps=eps, bias=kind == "layernorm")
     return RMSNorm(width, eps, unit_offset=kind == "unit_rmsnorm")
 
 
@@ -168,7 +179,7 @@ def orthogonal(weight: Tensor, gain: float = 1.0) -> None:
 def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(sum(x^2) + eps)` over the last dimension, in the dtype of x."""
     channels = x.shape[-1]
-    share = torch.full((channels,), channels**-0.5, dtype=wide(x[:0]).dtype, device=x.device)
+    share = torch.full((channels,), channels**-0.5, dtype=accumulator(x.dtype), device=x.device)
     return ops.gated_norm(x, share, eps=eps / channels)
 
 
@@ -262,7 +273,7 @@ def rotary(x: Tensor, positions: Tensor, theta: float = 10000.0, fraction: float
 
 
 def rotary_table(positions: Tensor, width: int, theta: float = 10000.0, scaling: dict | None = None) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for `rotate`, float32 `[B, T, 1, width / 2]`, of positions `[B, T]`.
+    """Cosines and sines for `rotate`, float32 `[B, T, 1, width]`, of positions `[B, T]`: of both halves, the first one turning back.
 
     `scaling` stretches the angles for longer contexts, with transformers' keys: {"rope_type": "linear", "factor"} divides
     all frequencies; "llama3" (with "low_freq_factor", "high_freq_factor", "original_max_position_embeddings") divides those
@@ -277,15 +288,18 @@ def rotary_table(positions: Tensor, width: int, theta: float = 10000.0, scaling:
         turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
-    angles = (positions.unsqueeze(-1).float() * frequencies).unsqueeze(2)
+    angles = (positions.unsqueeze(-1) * frequencies).unsqueeze(2)  # in float32, as the frequencies are
+    angles = torch.cat([-angles, angles], dim=-1)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the first channels of `x` `[B, T, H, K]` by a `rotary_table`; in x's dtype, as the models were trained."""
     cos, sin = (t.to(x.dtype) for t in table)
-    first, second, kept = x.split([cos.shape[-1], cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, kept], dim=-1)
+    width = cos.shape[-1]
+    turning = x[..., :width]
+    turned = turning * cos + turning.roll(width // 2, -1) * sin
+    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
 
 
 _SCALINGS = {"linear": {"factor"}, "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}}
@@ -316,8 +330,18 @@ def token_positions(x: Tensor, seen: Tensor | None = None, packing: Packing | No
     if packing is not None:
         positions = packing.positions if seen is None else packing.positions + seen[packing.seq_idx]
         return positions.unsqueeze(0)
+    if seen is not None and x.shape[1] == 1:
+        return seen.unsqueeze(1).clone()
     positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
     return positions if seen is None else positions + seen.unsqueeze(1)
+
+
+def mixtures(x: Tensor, before: Tensor, shares: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """`x + (before - x) * share` for each share `[D]`; a single token's in one go."""
+    back = before - x
+    if x.shape[1] == 1:
+        return torch.addcmul(x, back, torch.stack(tuple(shares)).unsqueeze(1).unsqueeze(1)).unbind()
+    return tuple(torch.addcmul(x, back, share) for share in shares)
 
 
 def exponential_gates(

@@ -24,6 +24,8 @@ def capacity(length: int) -> int:
 
 def upcoming(cache: Cache | None, k: Tensor, packing: Packing | None = None) -> Tensor:
     """Positions the tokens of k `[B, T, ...]` will have, `[B, T]` (`[N, longest]` if packed, -1 behind a sequence's end)."""
+    if packing is None and k.shape[1] == 1 and cache is not None:
+        return cache["length"].unsqueeze(1).clone()
     if packing is None:
         first = torch.arange(k.shape[1], device=k.device).expand(k.shape[0], -1)
         return first if cache is None else first + cache["length"].unsqueeze(1)
