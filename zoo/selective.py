@@ -53,5 +53,5 @@ class SelectiveMixer(Mixer):
         """The scan of u `[B, T, inner]` with steps from `rank` `[B, T, rank]`; its output and last state."""
         dt = F.softplus(wide(self.dt_proj(rank)))
         A = -wide(self.A_log).exp()
-        y, memory = ops.selective_scan(wide(u), dt, A, wide(B), wide(C), D=wide(self.D), state=memory, packing=packing)
+        y, memory = ops.selective_scan(wide(u), dt, A, B, C, D=self.D, state=memory, packing=packing)
         return y.to(u.dtype), memory
