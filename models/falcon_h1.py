@@ -121,6 +121,9 @@ class FalconH1Mixer(Mixer):
         )  # fmt: skip
         self.mamba = ScaledSSD(config, layer)
 
+    def roles(self) -> dict[str, tuple[str, list[slice]]]:
+        return {role: (f"attention.{role}", [slice(None)]) for role in super().roles()}
+
     def initial_state(self, batch: int, length: int, dtype: torch.dtype = torch.float32, device="cpu") -> State:
         parts = (part.initial_state(batch, length, dtype, device) for part in (self.attention, self.mamba))
         return {name: tensor for part in parts for name, tensor in part.items()}

@@ -47,6 +47,8 @@ FITS = {  # name -> fields of the stage, and of the conversion
         {"tied": True},
     ),
     "tokens": ({"target": "tokens", "loss": "ce", "train": "all"}, {}),
+    "half": ({"target": "block_out", "loss": "l2", "precision": "bfloat16"}, {}),
+    "half-logits": ({"target": "logits", "loss": "fkl", "train": "all", "precision": "bfloat16"}, {}),
 }
 each = pytest.mark.parametrize("name", FITS)
 
@@ -96,6 +98,7 @@ def test_a_stage_lowers_its_loss_and_moves_what_it_names(name):
     assert moved == {name for name in fit.names if not (read and any(part in name for part in ("v_proj", "out_proj", "gate_proj", "norm")))}
     assert all(p.requires_grad and p.grad is None for p in fit.student.parameters())
     assert not any(block.mixer._forward_hooks for model in (fit.teacher, fit.student) for block in model.model.layers)
+    assert {p.dtype for p in fit.student.parameters()} == {torch.float32}
     fit.close()
     plain = make_fit(**FITS[name][1]).student
     assert fit.student.state_dict().keys() == plain.state_dict().keys() and fit.student.config.to_dict() == plain.config.to_dict()

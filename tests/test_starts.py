@@ -20,7 +20,7 @@ CAUSAL = [name for name in zoo.list_mixers() if registry.get(name).mixer.traits.
 OTHERWISE = {
     "hyena": "a convolution of one projection", "lfm2": "a convolution of one projection", "griffin": "no queries and keys",
     "min_rnn": "no queries and keys", "s4d": "no queries and keys", "hgrn": "no queries and keys", "rwkv4": "no queries",
-    "mlstm": "projections behind its own", "mla": "keys and values of a low rank", "falcon_h1": "attention beside a state space",
+    "mlstm": "projections behind its own", "mla": "keys and values of a low rank",
     "zamba2": "a shared block", "mamba": "B and C of what is convolved", "parallel": "branches",
 }  # fmt: skip
 
@@ -68,7 +68,7 @@ def test_every_mixer_takes_the_projections_it_has_a_place_for(name):
             continue
         place, parts = roles[role]
         for part in parts:
-            heads = getattr(mixer, place).weight[part].unflatten(0, (-1, HEAD))
+            heads = mixer.get_submodule(place).weight[part].unflatten(0, (-1, HEAD))
             theirs = getattr(source, role).weight.unflatten(0, (-1, HEAD))
             for index, head in enumerate(heads):
                 assert torch.equal(head, theirs[index * len(theirs) // len(heads)]), f"head {index} of {role}"

@@ -234,9 +234,10 @@ def test_activations_take_what_the_disk_has(tmp_path, monkeypatch):
     [
         (["--recipe", "t2r"], "stage 'finetune' has no layers that learn apart"),
         (["--recipe", "zoo", "--keep-attention", "1"], "keeps layers that are named or uniform"),
+        (["--mixer", "falcon_h1", "--set", "window=null", *SMALL], "FalconH1Mixer has mixer.mamba.scales.vector in no file"),
     ],
 )
-def test_what_cannot_go_layer_by_layer_is_refused(tmp_path, tokens, capsys, arguments, message):
+def test_what_cannot_go_layer_by_layer_is_refused(tmp_path, tokens, recipe, capsys, arguments, message):
     path = save_teacher("llama", tmp_path / "teacher")
-    assert convert("run", path, *arguments, "--data", tokens, "-o", str(tmp_path / "out"), "--stream") == 2
+    assert convert("run", path, "--recipe", recipe, *arguments, "--data", tokens, "-o", str(tmp_path / "out"), "--stream") == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()

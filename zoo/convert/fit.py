@@ -75,13 +75,14 @@ class Steps:
                 if step < len(self.history):
                     continue
                 passes = self.rows[picked].to(device).chunk(self.stage.accumulate)
-                each = [self.objective(rows) for rows in passes]
+                with torch.autocast(device.type, torch.bfloat16, enabled=self.stage.precision == "bfloat16"):
+                    each = [self.objective(rows) for rows in passes]
                 losses = [sum(some) / len(passes) for some in zip(*each, strict=True)]
                 self._check(losses)
                 self._update(step)
                 self.history.append(losses)
                 progress.update(per_step)
-                progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}")
+                progress.set_postfix(loss=f"{sum(losses) / len(losses):.4f}", **self._worst(losses))
                 if after is not None and after(self):
                     break
         finally:
@@ -117,6 +118,11 @@ class Steps:
             group["lr"] = share * group["pace"] * stage.learning_rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _worst(self, losses: list[float]) -> dict[str, str]:
+        """Where the loss is highest, for the progress bar."""
+        index = max(range(len(losses)), key=losses.__getitem__)
+        return {"worst": f"{losses[index]:.4f} at {self.what[index]}"} if len(losses) > 1 else {}
 
     def _check(self, losses: list[float]) -> None:
         """Raise FloatingPointError that names the first loss that is not finite."""

@@ -260,8 +260,8 @@ def start_streamed(folder: Path, job: Job, say: Say, device: str) -> None:
         raise ValueError(f"the recipe {method.name!r} would teach this student nothing: {'; '.join(lacking)}")
     for stage in method.stages:
         rows_of(read_tokens(job.data, tokenizer, config.vocab_size)[0], stage.length, "text")
-    clear(folder)
     write_student(folder, teacher, config, inits=method.init, seed=job.seed, rows=probe(job, teacher.model), device=device)
+    clear(folder)
     enter(folder, job, tokenizer)
     say(f"the converted student is in {folder}, written layer by layer")
 

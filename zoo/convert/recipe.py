@@ -29,6 +29,7 @@ LAYERWISE = ("attention_map", "mixer_out", "block_out")  # targets that every la
 PARTS = ("mixer", "new", "features", "lora", "attention", "mlp", "norms", "embeddings", "all")
 SCHEDULES = ("cosine", "linear", "constant", "stable", "plateau")
 INPUTS = ("teacher", "student")
+PRECISIONS = ("float32", "bfloat16")
 ROPES = ("keep", "drop", "replaced_only")  # of replaced layers: as the mixer has them, none; or none in the layers that stay
 STARTS = {  # what of a mixer the teacher has no weight for -> how it may begin; the first is what happens otherwise
     "decay": ("native", "measured"),
@@ -60,6 +61,7 @@ class Stage:
         kl_weight: of the divergence beside the likelihood in `ce+fkl`.
         lora_rank, lora_alpha, lora_targets: of adapters, with `train: lora`, merged when the stage ends; an alpha of None is twice the
             rank, and without targets they go where replaced mixers want them.
+        precision: in which linear layers compute while it trains; weights, their updates and sums are in float32 always.
         untie: train a tied head apart from the embedding, and drop it for the embedding when the stage ends (RADLADS).
     """
 
@@ -82,6 +84,7 @@ class Stage:
     inputs: str = "teacher"
     scope: str | int = "layer"
     kl_weight: float = 0.1
+    precision: str = "float32"
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_targets: tuple[str, ...] = ()
@@ -89,7 +92,7 @@ class Stage:
 
     def __post_init__(self):
         where = f"stage {self.name!r}"
-        for name, known in (("target", LOSSES), ("schedule", SCHEDULES), ("inputs", INPUTS)):
+        for name, known in (("target", LOSSES), ("schedule", SCHEDULES), ("inputs", INPUTS), ("precision", PRECISIONS)):
             choose(f"{where}: {name}", getattr(self, name), known)
         choose(f"{where}: loss of {self.target}", self.loss, LOSSES[self.target])
         for part in self.parts:

@@ -197,6 +197,10 @@ def drawn(shell: nn.Module, index: int, seed: int) -> Block:
         block.apply(shell._init_weights)
     if type(block.mixer).borrow is not Mixer.borrow:
         raise ValueError(f"{type(block.mixer).__name__} borrows modules of other layers, which a conversion layer by layer does not hold")
+    if outside := {name for name, _ in block.named_buffers()} - block.state_dict().keys():
+        raise ValueError(
+            f"{type(block.mixer).__name__} has {min(outside)} in no file, so that a layer cannot be read alone; leave --stream out"
+        )
     return block.requires_grad_(False)
 
 
