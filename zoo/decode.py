@@ -7,6 +7,7 @@ needs to run them. `generate` makes a `Steps` where nothing but the kernels of t
 
 import gc
 import logging
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache as once
@@ -28,6 +29,7 @@ SMALL = 8  # recordings are kept for later calls while their states are so many 
 PIECE = 2**16  # tokens of all rows that are read at once, where only the last ones' logits are asked for
 
 logger = logging.getLogger(__name__)
+_one_at_a_time = threading.Lock()
 _kept: "WeakKeyDictionary[nn.Module, dict[int, Recording]]" = WeakKeyDictionary()  # by the number of rows, the oldest first
 
 
@@ -51,7 +53,7 @@ def obstacle(model: nn.Module) -> str | None:
 def record_graph(run: Callable[[], Tensor], device: torch.device) -> tuple[Replay, Tensor]:
     """What `run` enqueues on the device as a CUDA graph, none of it done yet, and its result, renewed by every replay."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device):
+    with _one_at_a_time, torch.cuda.device(device):
         current, stream = torch.cuda.current_stream(), _stream(torch.cuda.current_device())
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
