@@ -89,6 +89,19 @@ def test_fused_projections_are_filled_part_by_part():
     assert "model.layers.0.mixer.in_proj.weight" in seed_student(teacher, student).fresh, "a weight that is filled in part is to be trained"
 
 
+@pytest.mark.parametrize("name", ["linear_attention", "llamba", "mamba2", "mamba2_in_llama", "linearized", "qrwkv7"])
+def test_biases_come_along(name):
+    teacher = make_teacher(qkv_bias=True)
+    student = convert(teacher, mixer=name, window=None, starts={"gate": "one"} if name in ("llamba", "mamba2") else {})
+    account, mixer, source = seed_student(teacher, student), student.model.layers[0].mixer, teacher.model.layers[0].mixer
+    assert not account.dropped
+    place, (rows,) = mixer.roles()["q_proj"]
+    assert torch.equal(mixer.get_submodule(place).bias[rows], source.q_proj.bias)
+    if name in ("llamba", "mamba2"):
+        gate = mixer.in_proj.bias[mixer.roles()["z"][1][0]]
+        assert (torch.nn.functional.silu(gate) - 1).abs().max() < 1e-6
+
+
 def test_positions_are_kept_or_dropped():
     teacher = make_teacher(rope_theta=500.0)
     assert convert(teacher, mixer="qrwkv7", window=None).model.layers[0].mixer.theta == 500.0

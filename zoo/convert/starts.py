@@ -182,6 +182,8 @@ def set_gate(mixer: Mixer, way: str) -> None:
     else:
         silence(wanted(mixer, "gate_proj", f"gate={way}"))
     bias = getattr(mixer, "gate_bias", None)
+    if bias is None and rows is not None and mixer.in_proj.bias is not None:
+        bias = mixer.in_proj.bias[rows[1][0]]
     if way == "one":
         if bias is None:
             raise ValueError(

@@ -163,8 +163,8 @@ def matching_fields(config: type[ZooConfig], layer: ZooConfig) -> dict:
         "qkv_bias": layer.qkv_bias,
         "expansion": width,
     }  # an output gate that starts at random would hide the values
-    if known.keys() & {"num_groups", "num_kv_heads"}:  # a state space whose B and C can be keys and queries
-        sizes |= {"state_size": width, "num_groups": heads, "expand": share}
+    if known.keys() & {"num_groups", "num_kv_heads"}:  # of state spaces those whose B and C can be keys and queries
+        sizes |= {"state_size": width, "num_groups": heads, "expand": share, "bias": layer.qkv_bias}
     if "num_kv_heads" in known and isinstance(known["num_kv_heads"].default, int):
         sizes["num_kv_heads"] = layer.num_kv_heads or heads
     return {name: value for name, value in sizes.items() if name in known}
