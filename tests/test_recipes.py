@@ -1,6 +1,7 @@
 """Recipes of conversion: each can be read, and what is wrong in one is named."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,3 +159,22 @@ def test_the_documents_name_every_recipe_and_whether_it_differs():
 def test_what_a_recipe_does_otherwise_is_said():
     assert "otherwise than its paper: sinks of the window are the first tokens" in recipes_text()
     assert load_recipe("lizard").differs and not load_recipe("radlads").differs
+
+
+def test_halo_aligns_every_layer_and_keeps_the_best_without_positions(teacher, tmp_path):
+    changes = {
+        f"{name}.{field}": value
+        for name in ("align", "distil", "extend")
+        for field, value in (("length", 16), ("batch", 2), ("tokens", 96))
+    }
+    whole = load_recipe("halo", changes)
+    data = (str(teacher / "tokens.npy"),)
+    start(tmp_path / "aligned", Job(str(teacher), replace(whole, keep=0, stages=whole.stages[:1]), data), print)
+    assert advance(tmp_path / "aligned", print, progress=False)
+    method = replace(whole, keep=1, stages=whole.stages[1:], mixer_args=whole.mixer_args)
+    start(tmp_path / "hybrid", Job(str(teacher), method, data, aligned=str(tmp_path / "aligned")), print)
+    assert advance(tmp_path / "hybrid", print, progress=False)
+    student, aligned = (zoo.from_pretrained(tmp_path / name) for name in ("hybrid", "aligned"))
+    kept = [entry["mixer"] for entry in student.config.plan].index("transformer")
+    assert student.config.plan[kept]["rope_theta"] is None and student.model.layers[1 - kept].mixer.rope is not None
+    assert [entry["mixer"] for entry in aligned.config.plan] == ["linearized"] * 2
