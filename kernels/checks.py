@@ -1,7 +1,14 @@
 """The contract of shapes, dtypes and devices, stated once and refused in words."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
+
+
+@lru_cache
+def letters_of(layout: str) -> tuple[str, ...]:
+    return tuple(layout.split())
 
 
 class Shapes:
@@ -25,7 +32,7 @@ class Shapes:
             return
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{self.op}: {name} must be a tensor, got {type(tensor).__name__}")
-        letters = next((found for found in map(str.split, layouts) if self._fits(tensor, found)), None)
+        letters = next((found for found in map(letters_of, layouts) if self._fits(tensor, found)), None)
         if letters is None:
             wanted = " or ".join(self._describe(layout) for layout in layouts)
             raise ValueError(f"{self.op}: {name} is {list(tensor.shape)}, expected {wanted}")
@@ -38,11 +45,14 @@ class Shapes:
         for letter, size in zip(letters, tensor.shape, strict=True):
             self.sizes.setdefault(letter, size)
 
-    def _fits(self, tensor: Tensor, letters: list[str]) -> bool:
+    def _fits(self, tensor: Tensor, letters: tuple[str, ...]) -> bool:
         if tensor.ndim != len(letters):
             return False
-        expected = (int(x) if x.isdigit() else self.sizes.get(x) for x in letters)
-        return all(size == want for size, want in zip(tensor.shape, expected, strict=True) if want is not None)
+        for size, x in zip(tensor.shape, letters, strict=True):
+            want = int(x) if x.isdigit() else self.sizes.get(x, size)
+            if size != want:
+                return False
+        return True
 
     def _describe(self, layout: str) -> str:
         known = " ".join(f"{x}={self.sizes[x]}" if x in self.sizes else x for x in layout.split())

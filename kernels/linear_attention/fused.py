@@ -16,12 +16,13 @@ from zoo.kernels.launch import launch, rows, strides, zero
 from zoo.kernels.linear_attention import fused_channel, fused_scalar
 from zoo.kernels.linear_attention.reference import normalized
 from zoo.kernels.packing import Packing
-from zoo.kernels.segments import Segments, cdiv, padded_size, power_of_two
+from zoo.kernels.segments import Segments, cdiv, padded_size
 
 CHUNK = 64
 FILLED = 128  # programs that occupy a GPU well enough to leave sequences whole
 WIDEST = 256  # channels that a product within a chunk sums up at once
-ANCHOR = 512  # tokens over which the gradient of a decay may be summed up from rounded products
+AHEAD, LANES = 8, 128  # tokens that are read before the first is used, where a warp runs along tokens, and its channels
+ANCHOR = 1024  # tokens over which the gradient of a decay may be summed up from rounded products
 
 
 def linear_attention(q, k, v, log_decay, bonus, value_log_decay, state, scale: float, normalize: bool, packing: Packing | None = None):
@@ -47,12 +48,11 @@ def _by_channel(q: Tensor, k: Tensor, log_decay: Tensor | None, heads: int) -> T
 
 
 def segment_length(length: int, programs: int, anchored: bool, packed: bool) -> int:
-    """How long segments are: whole sequences where these are programs enough, never so short that states outweigh tokens."""
-    if not packed and programs >= FILLED and not anchored:
+    """How long segments are: whole sequences where these are short or programs enough, never so short that states outweigh tokens."""
+    if not packed and (length <= 2 * ANCHOR or (programs >= FILLED and not anchored)):
         return length
     pieces = cdiv(2 * FILLED, programs)
-    size = max(ANCHOR, cdiv(cdiv(length, pieces), CHUNK) * CHUNK)
-    return min(size, ANCHOR) if anchored else size
+    return ANCHOR if anchored else max(ANCHOR, cdiv(cdiv(length, pieces), CHUNK) * CHUNK)
 
 
 class Tile(NamedTuple):
@@ -99,10 +99,8 @@ class Problem:
         channels = max(self.keys, self.values)
         self.chunk = chunk_length(channels if self.channel else min(channels, WIDEST), q.dtype)
         self.chunks = cdiv(size, self.chunk)  # of a segment
-        self.edges = self.safes = self.scores = self.diagonal = self.sums = self.totals = None
+        self.edges = self.unsafe = self.safes = self.diagonal = self.sums = self.totals = None
         self.per_token = self.heads * self.length, self.length  # strides of [B, H, T]
-        if log_decay is not None and not self.channel:
-            self._gates(log_decay)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=self.device)
@@ -110,22 +108,28 @@ class Problem:
     def state(self, make=torch.empty) -> Tensor:
         return make(self.sequences, self.heads, self.keys, self.values, dtype=self.exact, device=self.device)
 
-    def _gates(self, g: Tensor) -> None:
-        """`sums` `[B, H, T]` within chunks, `totals` `[segments, H]`."""
+    def scaled(self, x: Tensor, z: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Keys or values, and queries or the output's gradients, as `sweep` wants them for a decay per head or token."""
+        g, (count, channels) = self.log_decay, (self.segments.count, x.shape[3])
         self.sums = self.empty(self.batch, self.heads, self.length, dtype=self.exact)
-        totals = self.empty(self.segments.count, self.chunks, self.heads, dtype=self.exact)
-        block = min(16, power_of_two(self.heads))
+        self.edges = self.empty(count, self.chunks, self.heads, 2, dtype=self.exact)
+        xs = self.empty(self.batch, self.length, self.heads, channels, dtype=self.wide)
+        zs = None if z is None else torch.empty_like(xs)
         launch(
-            fused_scalar.gates, cdiv(self.heads, block) * self.chunks * self.segments.count,
-            g, self.sums, totals, self.segments.table, *((0, 0, g.stride(0)) if g.ndim == 1 else strides(g)), *self.per_token,
-            self.heads, self.chunks, C=self.chunk, BH=block, ACC=self.acc, num_warps=4,
+            fused_scalar.prepare, self.chunks * self.heads * count,
+            x, z, g, xs, zs, self.sums, self.edges, self.segments.table, *strides(x), *strides(z),
+            *((0, 0, g.stride(0)) if g.ndim == 1 else strides(g)), *strides(xs), *self.per_token, self.heads // x.shape[2],
+            1 if z is None else self.heads // z.shape[2], self.heads, channels, self.chunks,
+            C=self.chunk, BD=min(64, padded_size(channels)), HAS_Z=z is not None, ACC=self.acc, num_warps=4,
         )  # fmt: skip
-        self.totals = totals.sum(1) if self.segments.split else None
+        self.unsafe = self.edges[..., 0].amax(1)
+        self.totals = self.edges[..., 1].sum(1) if self.segments.split else None
+        return xs, zs
 
     def decay(self, transposed: bool) -> int:
         """As the kernels name it, for a state of keys by values or of values by keys."""
         if not self.channel:
-            return (fused_scalar.NONE if self.sums is None else fused_scalar.TOKEN).value
+            return (fused_scalar.NONE if self.log_decay is None else fused_scalar.TOKEN).value
         return (fused_scalar.COLUMNS if transposed else fused_scalar.ROWS).value
 
     def bounds(self, b: Tensor, y: Tensor, initial: Tensor | None, reverse: bool) -> Tensor:
@@ -136,7 +140,7 @@ class Problem:
         tiles = cdiv(self.keys, keys) * cdiv(self.values, values)
         launch(
             fused_scalar.collect, tiles * self.heads * seg.count,
-            b, y, bounds, self.sums, seg.table, self.edges, *strides(b), *strides(y), *self.per_token,
+            b, y, bounds, self.sums, seg.table, self.edges, self.unsafe, self.safes, *strides(b), *strides(y), *self.per_token,
             self.heads // b.shape[2], self.heads // y.shape[2], self.heads, self.keys, self.values, self.chunks,
             BD=keys, BW=values, C=self.chunk, EVEN=self.keys % keys == 0 and self.values % values == 0, REVERSE=reverse,
             DECAY=self.decay(False), TYPE=self.type, ACC=self.acc, PRECISION=self.precision, num_warps=4, num_stages=3,
@@ -144,68 +148,67 @@ class Problem:
         block = min(1024, padded_size(size))
         launch(
             fused_scalar.chain, cdiv(size, block) * self.heads * self.sequences,
-            bounds, self.totals, seg.first, initial, self.heads, self.keys, self.values, BLOCK=block, REVERSE=reverse,
+            bounds, self.totals, seg.first, initial, self.heads, self.keys, self.values, BLOCK=block, AHEAD=AHEAD, REVERSE=reverse,
             DECAY=0 if self.totals is None else self.totals.ndim, HAS_INIT=initial is not None, num_warps=4,
         )  # fmt: skip
         return bounds
 
-    def sweep(self, a, b, y, initial, final=None, *, reverse=False, transposed=False, z=None) -> Tensor | tuple[Tensor, Tensor]:
-        """One of the four sums; with z also `z . out`, `[slices, B, H, T]`. All are linear in a and b's channels: many are cut up."""
+    def sweep(self, a, b, y, initial, final=None, *, reverse=False, transposed=False) -> Tensor:
+        """One of the four sums. All are linear in a and b's channels: many are cut up."""
         inner = a.shape[3]
         if inner <= WIDEST or self.channel:
-            return self._sweep(a, b, y, initial, final, reverse, transposed, z)
-        parts = []
+            return self._sweep(a, b, y, initial, final, reverse, transposed)
+        out = None
         for first in range(0, inner, WIDEST):
             cut = slice(first, first + WIDEST)
             states = (None if x is None else x[..., cut] if transposed else x[..., cut, :] for x in (initial, final))
-            parts.append(self._sweep(a[..., cut], b[..., cut], y, *states, reverse, transposed, z))
-        if z is None:
-            return torch.stack(parts).sum(0)
-        return torch.stack([out for out, _ in parts]).sum(0), torch.cat([dots for _, dots in parts])
+            part = self._sweep(a[..., cut], b[..., cut], y, *states, reverse, transposed)
+            out = part if out is None else out.add_(part)
+        return out
 
-    def _sweep(self, a, b, y, initial, final, reverse: bool, transposed: bool, z) -> Tensor | tuple[Tensor, Tensor]:
+    def _sweep(self, a, b, y, initial, final, reverse: bool, transposed: bool) -> Tensor:
         seg, inner, width = self.segments, a.shape[3], y.shape[3]
         part, warps, stages = tile(inner, width, self.dtype, seg.count * self.heads * width)
         at_first = (0, 0, 0) if initial is None else (*((1, self.values) if transposed else (self.values, 1)), self.keys * self.values)
         initial = zero(self.device, self.exact) if initial is None else initial
         out = self.empty(self.batch, self.length, self.heads, width, dtype=self.wide if transposed and self.channel else self.dtype)
-        slices = cdiv(width, part)
-        dots = None if z is None else self.empty(slices, self.batch, self.heads, self.length, dtype=self.exact)
         launch(
-            fused_scalar.sweep, slices * self.heads * seg.count,
-            a, b, y, out, initial, final, self.sums, seg.table, z, dots, self.edges, self.safes, self.scores, self.diagonal,
-            *strides(a), *strides(b), *strides(y), *strides(out), *strides(z), 0 if z is None else dots.stride(0), *self.per_token,
-            *(self.heads // t.shape[2] for t in (a, b, y)), 1 if z is None else self.heads // z.shape[2],
-            *at_first, self.keys * self.values, self.scale, self.heads,
-            inner, width, self.chunks, DP=padded_size(inner), BW=part, C=self.chunk,
-            EVEN=inner == padded_size(inner) and width % part == 0, REVERSE=reverse, DECAY=self.decay(transposed),
-            BONUS=self.diagonal is not None, HAS_FINAL=final is not None, HAS_R=z is not None,
+            fused_scalar.sweep, cdiv(width, part) * self.heads * seg.count,
+            a, b, y, out, initial, final, self.sums, seg.table, self.edges, self.unsafe, self.safes, self.diagonal,
+            *strides(a), *strides(b), *strides(y), *strides(out), *self.per_token, *(self.heads // t.shape[2] for t in (a, b, y)),
+            *at_first, self.keys * self.values, self.scale, self.heads, inner, width, self.chunks,
+            DP=padded_size(inner), BW=part, C=self.chunk, EVEN=inner == padded_size(inner) and width % part == 0, REVERSE=reverse,
+            DECAY=self.decay(transposed), BONUS=self.diagonal is not None, HAS_FINAL=final is not None,
             TYPE=self.type, ACC=self.acc, PRECISION=self.precision, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        return out if z is None else (out, dots)
+        return out
 
-    def states(self, b: Tensor, y: Tensor, state: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Forward: states at boundaries if there are any, the one `sweep` starts from, and room for the last one if it makes that."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """The output, the last state, the one to start `sweep` from again, and those at the segments' ends."""
         if self.segments.split:
-            bounds = self.bounds(b, y, state, reverse=False)
-            return bounds, bounds, None
-        return None, state, self.state()
+            bounds = self.bounds(k, v, state, reverse=False)
+            return self.sweep(q, k, v, bounds), bounds[self.segments.last], bounds, bounds
+        last = self.state()
+        return self.sweep(q, k, v, state, last), last, state, last
 
-    def fates(self, b: Tensor, y: Tensor, dlast: Tensor | None) -> Tensor | None:
-        """Backward: gradients of the states where `sweep` against time starts from."""
+    def backward(self, q, k, do, dlast, wants_first: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Gradients: of v, of the first state, those that `sweep` against time starts from, and those of the segments' last states."""
         if self.segments.split:
-            return self.bounds(b, y, dlast, reverse=True)
-        return dlast
+            fates = self.bounds(q, do, dlast, reverse=True)
+            return self.sweep(k, q, do, fates, reverse=True), fates[self.segments.start] if wants_first else None, fates, fates
+        first = self.state() if wants_first else None
+        dv = self.sweep(k, q, do, dlast, first, reverse=True)
+        return dv, first, dlast, self.state(torch.zeros) if dlast is None else dlast
 
-    def gate_gradient(self, rq: Tensor, rk: Tensor, ends: Tensor, fates: Tensor | None) -> Tensor:
-        """Of a decay per head or token, from what `sweep` returned beside dq and dk, and states and their gradients at segments' ends."""
+    def gate_gradient(self, out: Tensor, do: Tensor, v: Tensor, dv: Tensor, ends: Tensor, fates: Tensor) -> Tensor:
+        """Of a decay per head or token, from states and their gradients at the segments' ends."""
         dg = self.empty(self.batch, self.length, self.heads, dtype=self.exact)
-        fates = self.state(torch.zeros) if fates is None else fates
         size = self.keys * self.values
         launch(
             fused_scalar.gate_gradient, self.segments.count * self.heads,
-            rq, rk, dg, ends, fates, self.segments.table, rq.stride(0), *self.per_token, *strides(dg), self.scale, self.heads,
-            rq.shape[0], size, C=ANCHOR, BLOCK=min(1024, padded_size(size)), num_warps=4,
+            out, do, v, dv, dg, ends, fates, self.segments.table, *strides(out), *strides(do), *strides(v), *strides(dv), *strides(dg),
+            self.heads // v.shape[2], self.scale, self.heads, size, self.values,
+            C=CHUNK, BW=min(128, padded_size(self.values)), BLOCK=min(1024, padded_size(size)), ACC=self.acc, num_warps=4,
         )  # fmt: skip
         return (dg.sum((0, 1)) if self.log_decay.ndim == 1 else dg).to(self.log_decay.dtype)
 
@@ -226,7 +229,6 @@ class ChannelProblem(Problem):
         self.exact_sums = self.empty(*shape, dtype=self.exact)
         self.edges = self.empty(count, self.chunks, self.heads, 4, self.keys, dtype=self.exact)
         self.safes = self.empty(count, self.chunks, self.heads, dtype=torch.int32)
-        self.scores = self.empty(self.batch, self.heads, self.length, self.chunk, dtype=self.wide)
         self.diagonal = None if bonus is None else self.empty(self.batch, self.heads, self.length, dtype=self.exact)
         self.by_chunk = count * self.chunks * self.heads
         groups = self.heads // q.shape[2], self.heads // k.shape[2]
@@ -234,16 +236,20 @@ class ChannelProblem(Problem):
             fused_channel.prepare, self.by_chunk,
             q, k, log_decay, bonus, self.qs, self.ks, self.edges, self.safes, self.exact_sums, self.diagonal, self.segments.table,
             *strides(q), *strides(k), *strides(log_decay), *strides(self.qs), *self.per_token, *groups, self.heads, self.keys, self.chunks,
-            C=self.chunk, BD=min(64, padded_size(self.keys)), BONUS=bonus is not None, ACC=self.acc, num_warps=4, num_stages=1,
-        )  # fmt: skip
-        launch(
-            fused_channel.exact_scores, self.by_chunk,
-            q, k, self.exact_sums, self.scores, self.safes, self.segments.table, *strides(q), *strides(k), *strides(self.qs),
-            *(self.chunk * n for n in self.per_token), *groups, self.heads, self.keys, self.chunks, C=self.chunk,
-            BD=min(32, padded_size(self.keys)), BONUS=bonus is not None, TYPE=self.type, ACC=self.acc, PRECISION=self.precision,
-            num_warps=4, num_stages=1,
+            C=self.chunk, BD=padded_size(self.keys), AHEAD=AHEAD, BONUS=bonus is not None, ACC=self.acc,
+            num_warps=cdiv(padded_size(self.keys), LANES), num_stages=1,
         )  # fmt: skip
         self.totals = self.edges[:, :, :, 1:3].sum((1, 3))
+
+    def exact_outputs(self, q: Tensor, k: Tensor, y: Tensor, out: Tensor, reverse: bool = False) -> None:
+        """Make the output, or the gradient of v, final where a chunk is not safe."""
+        launch(
+            fused_channel.exact_outputs, self.by_chunk,
+            q, k, y, out, self.exact_sums, self.safes, self.segments.table, *strides(q), *strides(k), *strides(y), *strides(out),
+            *strides(self.qs), *(self.heads // x.shape[2] for x in (q, k, y)), self.scale, self.heads, self.keys, self.values, self.chunks,
+            C=self.chunk, BD=min(32, padded_size(self.keys)), BW=min(32, padded_size(self.values)), REVERSE=reverse,
+            BONUS=self.bonus is not None, TYPE=self.type, ACC=self.acc, PRECISION=self.precision, num_warps=4, num_stages=1,
+        )  # fmt: skip
 
     def exact_gradients(self, q, k, v, do, dq, dk) -> None:
         """Make dq and dk final where a chunk is not safe."""
@@ -259,22 +265,21 @@ class ChannelProblem(Problem):
     def finish(self, q, k, v, do, dq, dk, ends, fates) -> tuple[Tensor, Tensor | None]:
         """Gradients of decay and bonus; makes dq and dk final."""
         self.exact_gradients(q, k, v, do, dq, dk)
-        fates = self.state(torch.zeros) if fates is None else fates
         dg, du, own = torch.empty(self.log_decay.shape, dtype=self.log_decay.dtype, device=self.device), None, None
         if self.bonus is not None:
             du, own = self.empty(self.segments.count, self.heads, self.keys), torch.empty_like(self.diagonal)
             launch(
-            fused_channel.own_gradient, self.batch * self.heads * cdiv(self.length, CHUNK),
+                fused_channel.own_gradient, self.batch * self.heads * cdiv(self.length, CHUNK),
                 v, do, own, *strides(v), *strides(do), *self.per_token, self.heads // v.shape[2], self.scale, self.heads, self.length,
                 self.values, C=CHUNK, BW=min(64, padded_size(self.values)), num_warps=4,
             )  # fmt: skip
-        block = min(64, padded_size(self.keys))
+        block = min(128, padded_size(self.keys))
         launch(
             fused_channel.finish, self.segments.count * self.heads * cdiv(self.keys, block),
             q, k, self.log_decay, dq, dk, dg, self.edges, self.safes, own, self.bonus, du, ends, fates, self.segments.table,
             *strides(q), *strides(k), *strides(self.log_decay), *strides(dq), *strides(dg), *self.per_token,
             self.heads // q.shape[2], self.heads // k.shape[2], self.scale, self.heads, self.keys, self.values, self.chunks,
-            C=self.chunk, BD=block, BLOCK=min(64, padded_size(self.values)), BONUS=du is not None, ACC=self.acc, num_warps=4, num_stages=1,
+            C=self.chunk, BD=block, BLOCK=16, AHEAD=AHEAD, BONUS=du is not None, ACC=self.acc, num_warps=cdiv(block, LANES), num_stages=1,
         )  # fmt: skip
         return dg, None if du is None else du.sum(0).to(self.bonus.dtype)
 
@@ -285,37 +290,38 @@ def cotangent(do: Tensor | None, v: Tensor, heads: int) -> Tensor:
 
 
 class _Scalar(torch.autograd.Function):
-    """No decay, or one per head, or one per token and head."""
+    """No decay, or one per head, or one per token and head. The backward scales anew."""
 
     @staticmethod
     def forward(ctx, q, k, v, log_decay, state, scale, cu_seqlens):
         q, k, v = rows(q), rows(k), rows(v)
-        p = Problem(q, k, v, log_decay, scale, cu_seqlens, ctx.needs_input_grad[3])
-        bounds, start, last = p.states(k, v, None if state is None else state.contiguous())
-        out = p.sweep(q, k, v, start, last)
-        last = bounds[p.segments.last] if last is None else last
-        ctx.save_for_backward(q, k, v, start, bounds, last if ctx.needs_input_grad[3] and bounds is None else None)
-        ctx.problem = p
+        p = ctx.problem = Problem(q, k, v, log_decay, scale, cu_seqlens, ctx.needs_input_grad[3])
+        by_value = p.values < p.keys or k.shape[2] < p.heads  # the smaller ones, once they have a decay each
+        ks = k if log_decay is None or by_value else p.scaled(k)[0]
+        vs = v if log_decay is None or not by_value else p.scaled(v)[0]
+        out, last, start, ends = p.forward(q, ks, vs, None if state is None else state.contiguous())
+        ctx.by_value, gated = by_value, ctx.needs_input_grad[3]
+        ctx.save_for_backward(q, k, v, start, ends if gated else None, out if gated else None)
         ctx.set_materialize_grads(False)
         return out, last.float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlast):
-        q, k, v, start, bounds, last = ctx.saved_tensors
-        p, gated = ctx.problem, ctx.needs_input_grad[3]
+        q, k, v, start, ends, out = ctx.saved_tensors
+        p = ctx.problem
         do, dlast = cotangent(do, v, p.heads), None if dlast is None else dlast.to(p.exact) / p.scale
-        fates = p.fates(q, do, dlast)
-        first = p.state() if ctx.needs_input_grad[4] and not p.segments.split else None
-        dq = p.sweep(do, v, k, start, transposed=True, z=q if gated else None)
-        dk = p.sweep(v, do, q, fates, reverse=True, transposed=True, z=k if gated else None)
-        dv = p.sweep(k, q, do, fates, first, reverse=True)
-        dg = None
-        if gated:
-            (dq, rq), (dk, rk) = dq, dk
-            dg = p.gate_gradient(rq, rk, last if bounds is None else bounds, fates)
-        dstate = (fates[p.segments.start] if first is None else first) * p.scale if ctx.needs_input_grad[4] else None
-        return p.shared(dq, q), p.shared(dk, k), p.shared(dv, v), dg, None if dstate is None else dstate.float(), None, None
+        qs, ks, vs, dos = q, k, v, do
+        if p.log_decay is not None and ctx.by_value:
+            vs, dos = p.scaled(v, do)
+        elif p.log_decay is not None:
+            ks, qs = p.scaled(k, q)
+        dv, dstate, fates, dends = p.backward(qs, k, dos, dlast, ctx.needs_input_grad[4])
+        dq = p.sweep(do, vs, ks, start, transposed=True)
+        dk = p.sweep(v, dos, qs, fates, reverse=True, transposed=True)
+        dg = p.gate_gradient(out, do, v, dv, ends, dends) if ctx.needs_input_grad[3] else None
+        dstate = (dstate * p.scale).float() if ctx.needs_input_grad[4] else None
+        return p.shared(dq, q), p.shared(dk, k), p.shared(dv, v), dg, dstate, None, None
 
 
 class _Channel(torch.autograd.Function):
@@ -327,24 +333,22 @@ class _Channel(torch.autograd.Function):
         bonus = None if bonus is None else bonus.contiguous()
         ctx.options = scale, cu_seqlens, any(ctx.needs_input_grad)
         p = ChannelProblem(q, k, v, log_decay, bonus, *ctx.options)
-        bounds, start, last = p.states(p.ks, v, None if state is None else state.contiguous())
-        out = p.sweep(p.qs, p.ks, v, start, last)
-        last = bounds[p.segments.last] if last is None else last
-        ctx.save_for_backward(q, k, v, log_decay, bonus, start, bounds, last if bounds is None else None)
+        out, last, start, ends = p.forward(p.qs, p.ks, v, None if state is None else state.contiguous())
+        p.exact_outputs(q, k, v, out)
+        ctx.save_for_backward(q, k, v, log_decay, bonus, start, ends)
         ctx.set_materialize_grads(False)
         return out, last.float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlast):
-        q, k, v, log_decay, bonus, start, bounds, last = ctx.saved_tensors
+        q, k, v, log_decay, bonus, start, ends = ctx.saved_tensors
         p = ChannelProblem(q, k, v, log_decay, bonus, *ctx.options)
         do, dlast = cotangent(do, v, p.heads), None if dlast is None else dlast.to(p.exact) / p.scale
-        fates = p.fates(p.qs, do, dlast)
-        first = p.state() if ctx.needs_input_grad[5] and not p.segments.split else None
+        dv, dstate, fates, dends = p.backward(p.qs, p.ks, do, dlast, ctx.needs_input_grad[5])
+        p.exact_outputs(q, k, do, dv, reverse=True)
         dq = p.sweep(do, v, p.ks, start, transposed=True)
         dk = p.sweep(v, do, p.qs, fates, reverse=True, transposed=True)
-        dv = p.sweep(p.ks, p.qs, do, fates, first, reverse=True)
-        dg, du = p.finish(q, k, v, do, dq, dk, last if bounds is None else bounds, fates)
-        dstate = (fates[p.segments.start] if first is None else first) * p.scale if ctx.needs_input_grad[5] else None
-        return p.shared(dq, q), p.shared(dk, k), p.shared(dv, v), dg, du, None if dstate is None else dstate.float(), None, None
+        dg, du = p.finish(q, k, v, do, dq, dk, ends, dends)
+        dstate = (dstate * p.scale).float() if ctx.needs_input_grad[5] else None
+        return p.shared(dq, q), p.shared(dk, k), p.shared(dv, v), dg, du, dstate, None, None

@@ -15,76 +15,66 @@ import triton
 from triton import language as tl
 
 from zoo.kernels.fused import load_tile, segment_of
-from zoo.kernels.linear_attention.fused_scalar import LEAST
-
-SAFE = tl.constexpr(40.0)  # e^40 squared, times a few thousand, is finite in float32 and bfloat16
+from zoo.kernels.linear_attention.fused_scalar import LEAST, SAFE, chunk_of
 
 
 @triton.jit
-def chunk_of(TABLE, H, C: tl.constexpr, CHUNKS):
-    """Row, first token, how many tokens exist, head and place of this program's chunk; programs: segments x CHUNKS x heads."""
-    h, place = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
-    row, start, stop = segment_of(TABLE, place // CHUNKS)
-    start += place % CHUNKS * C
-    return row, start, tl.minimum(stop - start, C).to(tl.int32), h, place * H + h
-
-
-@triton.jit
-def load_sums(G, i, d, stride, left, D, EXCLUSIVE: tl.constexpr, ACC: tl.constexpr):
-    """Running sums of log-decays as keys meet them, as queries do, and the whole sum."""
-    inside = (i[:, None] < left) & (d[None, :] < D)
-    each = tl.maximum(tl.load(G + i[:, None] * stride + d[None, :], mask=inside, other=0.0).to(ACC), LEAST)
-    sums = tl.cumsum(each, 0)
-    return sums, sums - each if EXCLUSIVE else sums, tl.sum(each, 0)
+def load_row(X, d, inside, ACC: tl.constexpr):
+    return tl.load(X + d, mask=inside, other=0.0).to(ACC)
 
 
 @triton.jit
 def prepare(
     Q, K, G, U, QS, KS, EDGES, SAFES, SUMS, DIAGONAL, TABLE,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, s_b, s_t, s_h, r_b, r_h, q_rep, k_rep, H, D, CHUNKS,
-    C: tl.constexpr, BD: tl.constexpr, BONUS: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, BD: tl.constexpr, AHEAD: tl.constexpr, BONUS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """QS and KS, scaled queries and keys; EDGES [segments, CHUNKS, H, 4, K]: e of queries, e of keys, G_C less each (keys' first);
     SAFES: which chunks are; of others G, in SUMS (strides of QS); DIAGONAL [B, H, T]: how a token reads itself by the bonus.
-    Programs: see `chunk_of`."""
+    Sums run token by token, in registers. Programs: see `chunk_of`."""
     row, start, left, h, place = chunk_of(TABLE, H, C, CHUNKS)
-    i = tl.arange(0, C)
+    d = tl.arange(0, BD)
     Q += row * q_b + start * q_t + (h // q_rep) * q_h
     K += row * k_b + start * k_t + (h // k_rep) * k_h
     G += row * g_b + start * g_t + h * g_h
-    middle = tl.minimum(C // 2, left) - 1
-    most = tl.zeros((), ACC)
-    for first in range(0, D, BD):
-        d = first + tl.arange(0, BD)
-        sums, read, total = load_sums(G, i, d, g_t, left, D, BONUS, ACC)
-        e = tl.sum(tl.where(i[:, None] == middle, sums, 0.0), 0)
-        apart = tl.where(i[:, None] < left, tl.maximum(tl.abs(sums - e[None, :]), tl.abs(read - e[None, :])), 0.0)
-        most = tl.maximum(most, tl.max(tl.max(apart, 1), 0))
-    safe = most <= SAFE
-    own = tl.zeros((C,), ACC)
-    for first in range(0, D, BD):
-        d = first + tl.arange(0, BD)
-        inside = (i[:, None] < left) & (d[None, :] < D)
-        q = tl.load(Q + i[:, None] * q_t + d[None, :], mask=inside, other=0.0).to(ACC)
-        k = tl.load(K + i[:, None] * k_t + d[None, :], mask=inside, other=0.0).to(ACC)
-        sums, read, total = load_sums(G, i, d, g_t, left, D, BONUS, ACC)
-        e = tl.sum(tl.where(i[:, None] == middle, sums, 0.0), 0)
-        for_q, for_k = tl.where(safe, e, 0.0), tl.where(safe, e, total)
-        at = row * s_b + (start + i[:, None]) * s_t + h * s_h + d[None, :]
-        tl.store(QS + at, (q * tl.exp(read - for_q[None, :])).to(QS.dtype.element_ty), mask=inside)
-        tl.store(KS + at, (k * tl.exp(for_k[None, :] - sums)).to(KS.dtype.element_ty), mask=inside)
-        tl.store(SUMS + at, sums, mask=inside & (safe == 0))
-        edge = EDGES + place * 4 * D + d
-        tl.store(edge, for_q, mask=d < D)
-        tl.store(edge + D, for_k, mask=d < D)
-        tl.store(edge + 2 * D, total - for_k, mask=d < D)
-        tl.store(edge + 3 * D, total - for_q, mask=d < D)
-        if BONUS:
-            u = tl.load(U + h * D + d, mask=d < D, other=0.0).to(ACC)
-            own += tl.sum(q * k * u[None, :], 1)
+    own = row * s_b + start * s_t + h * s_h
+    total, e = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
+    for i in range(0, left, AHEAD):
+        gs = ()
+        for n in tl.static_range(AHEAD):
+            gs += (load_row(G + (i + n) * g_t, d, (d < D) & (i + n < left), ACC),)
+        for n in tl.static_range(AHEAD):
+            each = tl.maximum(gs[n], LEAST)
+            total += each
+            e += tl.where(i + n < C // 2, each, 0.0)
+    safe = tl.max(tl.maximum(-e, e - total), 0) <= SAFE
+    for_q, for_k = tl.where(safe, e, 0.0), tl.where(safe, e, total)
+    edge = EDGES + place * 4 * D + d
+    tl.store(edge, for_q, mask=d < D)
+    tl.store(edge + D, for_k, mask=d < D)
+    tl.store(edge + 2 * D, total - for_k, mask=d < D)
+    tl.store(edge + 3 * D, total - for_q, mask=d < D)
     tl.store(SAFES + place, safe.to(tl.int32))
+    u = tl.zeros((BD,), ACC)
     if BONUS:
-        tl.store(DIAGONAL + row * r_b + h * r_h + start + i, own, mask=i < left)
+        u += load_row(U + h * D, d, d < D, ACC)
+    sums = tl.zeros((BD,), ACC)
+    for i in range(0, left, AHEAD):
+        gs, qs, ks = (), (), ()
+        for n in tl.static_range(AHEAD):
+            inside = (d < D) & (i + n < left)
+            gs += (load_row(G + (i + n) * g_t, d, inside, ACC),)
+            qs += (load_row(Q + (i + n) * q_t, d, inside, ACC),)
+            ks += (load_row(K + (i + n) * k_t, d, inside, ACC),)
+        for n in tl.static_range(AHEAD):
+            inside, at = (d < D) & (i + n < left), own + (i + n) * s_t + d
+            before = sums
+            sums += tl.maximum(gs[n], LEAST)
+            tl.store(QS + at, (qs[n] * tl.exp((before if BONUS else sums) - for_q)).to(QS.dtype.element_ty), mask=inside)
+            tl.store(KS + at, (ks[n] * tl.exp(for_k - sums)).to(KS.dtype.element_ty), mask=inside)
+            tl.store(SUMS + at, sums, mask=inside & (safe == 0))
+            if BONUS:
+                tl.store(DIAGONAL + row * r_b + h * r_h + start + i + n, tl.sum(qs[n] * ks[n] * u, 0), mask=i + n < left)
 
 
 @triton.jit
@@ -113,20 +103,23 @@ def halves(i, j, half):
 
 
 @triton.jit
-def exact_scores(
-    Q, K, SUMS, P, SAFES, TABLE,
-    q_b, q_t, q_h, k_b, k_t, k_h, s_b, s_t, s_h, p_b, p_h, q_rep, k_rep, H, D, CHUNKS,
-    C: tl.constexpr, BD: tl.constexpr, BONUS: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+def exact_outputs(
+    Q, K, Y, OUT, SUMS, SAFES, TABLE,
+    q_b, q_t, q_h, k_b, k_t, k_h, y_b, y_t, y_h, o_b, o_t, o_h, s_b, s_t, s_h, q_rep, k_rep, y_rep, scale, H, D, W, CHUNKS,
+    C: tl.constexpr, BD: tl.constexpr, BW: tl.constexpr, REVERSE: tl.constexpr, BONUS: tl.constexpr, TYPE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores P [B, H, T, C] of the chunks that are not safe, without a bonus' diagonal. Programs: see `chunk_of`."""
+    """Add to OUT what the tokens of chunks that are not safe give one another: scores (transposed if REVERSE) times Y. Programs: see
+    `chunk_of`."""
     row, start, left, h, place = chunk_of(TABLE, H, C, CHUNKS)
     if (left <= 0) | (tl.load(SAFES + place) != 0):
         return
     i = tl.arange(0, C)
     Q += row * q_b + start * q_t + (h // q_rep) * q_h
     K += row * k_b + start * k_t + (h // k_rep) * k_h
+    Y += row * y_b + start * y_t + (h // y_rep) * y_h
     SUMS += row * s_b + start * s_t + h * s_h
+    OUT += row * o_b + start * o_t + h * o_h
     p = tl.zeros((C, C), ACC)
     for first in range(0, D, BD):
         d = first + tl.arange(0, BD)
@@ -136,12 +129,22 @@ def exact_scores(
         half = C // 2
         while half >= 1:
             query, key = factors(SUMS, sums, read, i, d, s_t, left, D, half)
-            new = tl.dot((q * query).to(TYPE), tl.trans((k * key).to(TYPE)), input_precision=PRECISION, out_dtype=ACC)
-            p += tl.where(halves(i[:, None], i[None, :], half), new, 0.0)
+            query, key = (q * query).to(TYPE), (k * key).to(TYPE)
+            if REVERSE:
+                new = tl.dot(key, tl.trans(query), input_precision=PRECISION, out_dtype=ACC)
+                p += tl.where(halves(i[None, :], i[:, None], half), new, 0.0)
+            else:
+                new = tl.dot(query, tl.trans(key), input_precision=PRECISION, out_dtype=ACC)
+                p += tl.where(halves(i[:, None], i[None, :], half), new, 0.0)
             half //= 2
         if not BONUS:
             p += tl.where(i[:, None] == i[None, :], tl.sum(q * k, 1)[:, None], 0.0)
-    tl.store(P + row * p_b + h * p_h + (start + i[:, None]) * C + i[None, :], p.to(P.dtype.element_ty), mask=i[:, None] < left)
+    for first in range(0, W, BW):
+        w = first + tl.arange(0, BW)
+        out = OUT + i[:, None] * o_t + w[None, :]
+        more = tl.dot(p.to(TYPE), load_tile(Y, i, w, y_t, left, W, False, TYPE), input_precision=PRECISION, out_dtype=ACC) * scale
+        inside = (i[:, None] < left) & (w[None, :] < W)
+        tl.store(out, (tl.load(out, mask=inside, other=0.0).to(ACC) + more).to(OUT.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -212,15 +215,10 @@ def own_gradient(V, DO, OWN, v_b, v_t, v_h, do_b, do_t, do_h, r_b, r_h, v_rep, s
 
 
 @triton.jit
-def load_row(X, i, d, stride, inside, ACC: tl.constexpr):
-    return tl.load(X + i[:, None] * stride + d[None, :], mask=inside, other=0.0).to(ACC)
-
-
-@triton.jit
 def finish(
     Q, K, G, DQ, DK, DG, EDGES, SAFES, OWN, U, DU, S, DS, TABLE,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, s_b, s_t, s_h, dg_b, dg_t, dg_h, r_b, r_h, q_rep, k_rep, scale, H, D, W, CHUNKS,
-    C: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, BONUS: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, BD: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, BONUS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """DQ and DK from those of scaled queries and keys; DG from q . dq - k . dk, channel by channel, summed up against time from S . dS
     at the segment's end; DU [segments, H, K] and the bonus' part of DQ and DK from OWN = scale do . v, [B, H, T].
@@ -228,46 +226,59 @@ def finish(
     blocks = tl.cdiv(D, BD)
     block, h, segment = tl.program_id(0) % blocks, tl.program_id(0) // blocks % H, (tl.program_id(0) // blocks // H).to(tl.int64)
     row, start, stop = segment_of(TABLE, segment)
-    i, d = tl.arange(0, C), block * BD + tl.arange(0, BD)
-    u, du = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
-    if BONUS:
-        u += tl.load(U + h * D + d, mask=d < D, other=0.0).to(ACC)
-    later = tl.zeros((BD,), ACC)
-    if start < stop:
-        at = (tl.load(TABLE + segment * 5 + 4) * H + h) * D * W
-        for first in range(0, W, BLOCK):
-            w = first + tl.arange(0, BLOCK)
-            tile, inside = at + d[:, None] * W + w[None, :], (d[:, None] < D) & (w[None, :] < W)
-            later += tl.sum(tl.load(S + tile, mask=inside, other=0.0).to(ACC) * tl.load(DS + tile, mask=inside, other=0.0), 1) * scale
-    chunks = tl.cdiv(stop - start, C).to(tl.int32)
-    for n in range(0, chunks):
-        j = chunks - 1 - n
-        t, left = start + j * C, (stop - start - j * C).to(tl.int32)
-        inside = (i[:, None] < left) & (d[None, :] < D)
-        q = load_row(Q + row * q_b + t * q_t + (h // q_rep) * q_h, i, d, q_t, inside, ACC)
-        k = load_row(K + row * k_b + t * k_t + (h // k_rep) * k_h, i, d, k_t, inside, ACC)
-        at = row * s_b + t * s_t + h * s_h
-        dq, dk = load_row(DQ + at, i, d, s_t, inside, ACC), load_row(DK + at, i, d, s_t, inside, ACC)
-        place = (segment * CHUNKS + j) * H + h
-        if tl.load(SAFES + place) != 0:
-            sums, gate, _ = load_sums(G + row * g_b + t * g_t + h * g_h, i, d, g_t, left, D, BONUS, ACC)
-            e = tl.load(EDGES + place * 4 * D + d, mask=d < D, other=0.0)
-            dq *= tl.exp(gate - e[None, :])
-            dk *= tl.exp(e[None, :] - sums)
-        read, each = q * dq, q * dq - k * dk
-        whole = tl.sum(each, 0)
-        dg = later[None, :] + whole[None, :] - tl.cumsum(each, 0) + each
+    d = block * BD + tl.arange(0, BD)
+    if start == stop:
         if BONUS:
-            dg -= read
-            own = tl.load(OWN + row * r_b + h * r_h + t + i, mask=i < left, other=0.0)[:, None]
-            du += tl.sum(own * q * k, 0)
-            dq += own * u[None, :] * k
-            dk += own * u[None, :] * q
-        out = at + i[:, None] * s_t + d[None, :]
-        tl.store(DQ + out, dq.to(DQ.dtype.element_ty), mask=inside)
-        tl.store(DK + out, dk.to(DK.dtype.element_ty), mask=inside)
-        dgs = DG + row * dg_b + t * dg_t + h * dg_h + i[:, None] * dg_t + d[None, :]
-        tl.store(dgs, tl.where(inside, dg, 0.0).to(DG.dtype.element_ty), mask=inside)
-        later += whole
+            tl.store(DU + (segment * H + h) * D + d, tl.zeros((BD,), ACC), mask=d < D)
+        return
+    u, du, later = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
+    if BONUS:
+        u += load_row(U + h * D, d, d < D, ACC)
+    at = (tl.load(TABLE + segment * 5 + 4) * H + h) * D * W
+    for first in range(0, W, BLOCK):
+        w = first + tl.arange(0, BLOCK)
+        tile, inside = at + d[:, None] * W + w[None, :], (d[:, None] < D) & (w[None, :] < W)
+        later += tl.sum(tl.load(S + tile, mask=inside, other=0.0).to(ACC) * tl.load(DS + tile, mask=inside, other=0.0), 1) * scale
+    Q += row * q_b + (h // q_rep) * q_h
+    K += row * k_b + (h // k_rep) * k_h
+    G += row * g_b + h * g_h
+    DG += row * dg_b + h * dg_h
+    own = row * s_b + h * s_h
+    place = segment * CHUNKS
+    chunks = tl.cdiv(stop - start, C).to(tl.int32)
+    for m in range(0, chunks):
+        j = chunks - 1 - m
+        begin, left = start + j * C, tl.minimum(stop - start - j * C, C).to(tl.int32)
+        edges = EDGES + ((place + j) * H + h) * 4 * D
+        safe = tl.load(SAFES + (place + j) * H + h) != 0
+        e = load_row(edges, d, d < D, ACC)
+        sums = e + load_row(edges + 3 * D, d, d < D, ACC)
+        for i in range(0, left, AHEAD):
+            qs, ks, gs, dqs, dks, owns = (), (), (), (), (), ()
+            for n in tl.static_range(AHEAD):
+                t = begin + left - 1 - i - n
+                inside = (d < D) & (i + n < left)
+                qs += (load_row(Q + t * q_t, d, inside, ACC),)
+                ks += (load_row(K + t * k_t, d, inside, ACC),)
+                gs += (load_row(G + t * g_t, d, inside, ACC),)
+                dqs += (load_row(DQ + own + t * s_t, d, inside, ACC),)
+                dks += (load_row(DK + own + t * s_t, d, inside, ACC),)
+                if BONUS:
+                    owns += (tl.load(OWN + row * r_b + h * r_h + t, mask=i + n < left, other=0.0),)
+            for n in tl.static_range(AHEAD):
+                t = begin + left - 1 - i - n
+                inside = (d < D) & (i + n < left)
+                q, k, each = qs[n], ks[n], tl.maximum(gs[n], LEAST)
+                dq = dqs[n] * tl.where(safe, tl.exp(tl.minimum((sums - each if BONUS else sums) - e, SAFE)), 1.0)
+                dk = dks[n] * tl.where(safe, tl.exp(tl.minimum(e - sums, SAFE)), 1.0)
+                sums -= each
+                later += (-k * dk) if BONUS else (q * dq - k * dk)
+                tl.store(DG + t * dg_t + d, later.to(DG.dtype.element_ty), mask=inside)
+                if BONUS:
+                    later += q * dq
+                    du += owns[n] * q * k
+                    dq, dk = dq + owns[n] * u * k, dk + owns[n] * u * q
+                tl.store(DQ + own + t * s_t + d, dq.to(DQ.dtype.element_ty), mask=inside)
+                tl.store(DK + own + t * s_t + d, dk.to(DK.dtype.element_ty), mask=inside)
     if BONUS:
         tl.store(DU + (segment * H + h) * D + d, du, mask=d < D)

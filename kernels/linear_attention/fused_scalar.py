@@ -13,8 +13,8 @@ with D the product of the decays in between, over time or against it:
 
 A program walks the chunks of one segment of a sequence for one head and one slice of y's channels, with M in registers. `collect`
 sums what each segment adds to M, and `chain` turns these into what each segment starts from; with one segment neither runs.
-`gates` sums the decays up chunk by chunk beforehand, `gate_gradient` sums their gradient up afterwards: it is
-sum_{s >= t} (q_s . dq_s - k_s . dk_s) + S . dS at the segment's end.
+`prepare` sums the decays up chunk by chunk beforehand, and scales keys and queries by them, so that what is left for `sweep` are
+factors of rows and of M. `gate_gradient` is sum_{s >= t} (o_s . do_s - v_s . dv_s) + S . dS at the end of the sum.
 
 Floor, K = V = D channels of two bytes, per token and head: forward 4 D numbers of 2 bytes (q, k, v in, o out), backward 7 D (q, k, v,
 do in, dq, dk, dv out); 4 D^2 + 4 C D FLOP forward, 2.5 times that backward.
@@ -25,101 +25,187 @@ from triton import language as tl
 
 from zoo.kernels.fused import load_tile, segment_of
 
+SAFE = tl.constexpr(40.0)  # e^40 squared, times a few thousand, is finite in float32 and bfloat16
 LEAST = tl.constexpr(-80.0)  # e^-80 of anything representable beside it is nothing; sums over a chunk stay small
-NONE, TOKEN, ROWS, COLUMNS = (tl.constexpr(kind) for kind in range(4))  # decays: absent, per token, per row or column of the state
+# decays: absent, per token, the same where not all chunks are scaled, per row or column of the state
+NONE, TOKEN, EXACT, ROWS, COLUMNS = (tl.constexpr(kind) for kind in range(5))
 
 
 @triton.jit
-def gates(G, SUMS, TOTALS, TABLE, g_b, g_t, g_h, s_b, s_h, H, CHUNKS, C: tl.constexpr, BH: tl.constexpr, ACC: tl.constexpr):
-    """Running sums of log-decays within each chunk, SUMS [B, H, T], and their totals, TOTALS [segments, CHUNKS, H].
-    Programs: segments x CHUNKS x blocks of heads."""
-    blocks = tl.cdiv(H, BH)
-    place = (tl.program_id(0) // blocks).to(tl.int64)
+def chunk_of(TABLE, H, C: tl.constexpr, CHUNKS):
+    """Row, first token, how many tokens exist, head and place of this program's chunk; programs: segments x CHUNKS x heads."""
+    h, place = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     row, start, stop = segment_of(TABLE, place // CHUNKS)
-    t, h = start + place % CHUNKS * C + tl.arange(0, C)[:, None], (tl.program_id(0) % blocks) * BH + tl.arange(0, BH)
-    inside = (t < stop) & (h[None, :] < H)
-    each = tl.maximum(tl.load(G + row * g_b + t * g_t + h[None, :] * g_h, mask=inside, other=0.0).to(ACC), LEAST)
-    tl.store(SUMS + row * s_b + h[None, :] * s_h + t, tl.cumsum(each, 0), mask=inside)
-    tl.store(TOTALS + place * H + h, tl.sum(tl.where(inside, each, 0.0), 0), mask=h < H)
+    start += place % CHUNKS * C
+    return row, start, tl.minimum(stop - start, C).to(tl.int32), h, place * H + h
 
 
 @triton.jit
-def load_sums(SUMS, i, left, C: tl.constexpr):
-    """Running sums of a chunk, and the last of them."""
-    total = tl.load(SUMS + tl.minimum(left, C) - 1)
-    return tl.load(SUMS + i, mask=i < left, other=0.0), total
+def prepare(
+    X, Z, G, XS, ZS, SUMS, EDGES, TABLE,
+    x_b, x_t, x_h, z_b, z_t, z_h, g_b, g_t, g_h, o_b, o_t, o_h, s_b, s_h, x_rep, z_rep, H, D, CHUNKS,
+    C: tl.constexpr, BD: tl.constexpr, HAS_Z: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """SUMS [B, H, T], running sums of log-decays within each chunk; EDGES [segments, CHUNKS, H, 2], the one in its middle and the last;
+    XS and ZS, keys (or values) times e^(middle - sum) and queries (or the output's gradients) times e^(sum - middle). Where that may
+    overflow they are as they were, and the middle is 1. Programs: see `chunk_of`."""
+    row, start, left, h, place = chunk_of(TABLE, H, C, CHUNKS)
+    i = tl.arange(0, C)
+    each = tl.maximum(tl.load(G + row * g_b + (start + i) * g_t + h * g_h, mask=i < left, other=0.0).to(ACC), LEAST)
+    sums = tl.cumsum(each, 0)
+    middle = tl.sum(tl.where(i < C // 2, each, 0.0), 0)
+    near = tl.where(i < left, sums - middle, 0.0)
+    safe = tl.max(tl.abs(near), 0) <= SAFE
+    near = tl.exp(tl.where(safe, near, 0.0))[:, None]
+    tl.store(SUMS + row * s_b + h * s_h + start + i, sums, mask=i < left)
+    tl.store(EDGES + place * 2, tl.where(safe, middle, 1.0))
+    tl.store(EDGES + place * 2 + 1, tl.sum(each, 0))
+    X += row * x_b + start * x_t + (h // x_rep) * x_h
+    out = row * o_b + start * o_t + h * o_h
+    for first in range(0, D, BD):
+        d = first + tl.arange(0, BD)
+        at, inside = out + i[:, None] * o_t + d[None, :], (i[:, None] < left) & (d[None, :] < D)
+        x = load_tile(X, i, d, x_t, left, D, False, ACC)
+        tl.store(XS + at, (x / near).to(XS.dtype.element_ty), mask=inside)
+        if HAS_Z:
+            z = load_tile(Z + row * z_b + start * z_t + (h // z_rep) * z_h, i, d, z_t, left, D, False, ACC)
+            tl.store(ZS + at, (z * near).to(ZS.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def load_edges(EDGES, c, channels, REVERSE: tl.constexpr):
-    """By what a state with one decay per channel is multiplied where it is read, before and after the chunk is added."""
-    read, before, after = (2, 3, 0) if REVERSE else (0, 1, 2)
-    inside = c < channels
-    read = tl.exp(tl.load(EDGES + read * channels + c, mask=inside, other=0.0))
-    before = tl.exp(tl.load(EDGES + before * channels + c, mask=inside, other=0.0))
-    return read, before, tl.exp(tl.load(EDGES + after * channels + c, mask=inside, other=0.0))
+def advance(a, b, y, m, p, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """A chunk's output and the state behind it, without decay."""
+    out = tl.dot(a, m.to(TYPE), input_precision=PRECISION, out_dtype=ACC)
+    out = tl.dot(p.to(TYPE), y, out, input_precision=PRECISION, out_dtype=ACC)
+    return out, tl.dot(tl.trans(b), y, m, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
-def scores(p, P, DIAGONAL, own, i, left, safe, C: tl.constexpr, DECAY: tl.constexpr, REVERSE: tl.constexpr, BONUS: tl.constexpr):
-    """A chunk's scores with decays per channel, from the product of scaled queries and keys where it is safe."""
-    t, s = (i[None, :], i[:, None]) if REVERSE else (i[:, None], i[None, :])
-    p = tl.where(((t > s) if BONUS else (t >= s)) & safe, p, 0.0)
-    if DECAY == ROWS:
-        if not safe:
-            p += tl.load(P + own * C + t * C + s, mask=t < left, other=0.0).to(p.dtype)
-        if BONUS:
-            p += tl.where(t == s, tl.load(DIAGONAL + own + i, mask=i < left, other=0.0)[:, None], 0.0)
-    return p
+def load_edge(EDGES, chunk, ROW: tl.constexpr, c, channels):
+    """One of four numbers per channel, logarithms of what a state is multiplied by around a chunk; see `fused_channel.prepare`."""
+    return tl.load(EDGES + (chunk * 4 + ROW) * channels + c, mask=c < channels, other=0.0)
 
 
 @triton.jit
-def advance_by_token(
-    a, b, y, m, p, causal, sums, total, REVERSE: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
-):
-    """A chunk's output and the state behind it, with one decay per token."""
-    between = (sums[None, :] - sums[:, None]) if REVERSE else (sums[:, None] - sums[None, :])
-    p = tl.where(causal, p * tl.exp(tl.minimum(between, 0.0)), 0.0).to(TYPE)
-    seen, kept = tl.exp(sums), tl.exp(tl.minimum(total - sums, 0.0))
-    out = tl.dot(a, m.to(TYPE), input_precision=PRECISION, out_dtype=ACC) * (kept if REVERSE else seen)[:, None]
-    out = tl.dot(p, y, out, input_precision=PRECISION, out_dtype=ACC)
-    y = (y * (seen if REVERSE else kept)[:, None]).to(TYPE)
+def advance_exactly(
+    a, b, y, m, p, sums, middle, total,
+    REVERSE: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same with one decay per token; where the middle is 1, b and y are not scaled."""
+    edge = tl.where(middle > 0, sums, middle)  # what was divided by
+    near = (edge[None, :] - sums[:, None]) if REVERSE else (sums[:, None] - edge[None, :])
+    before = tl.exp((total - sums) if REVERSE else sums)[:, None]
+    out = tl.dot(a, m.to(TYPE), input_precision=PRECISION, out_dtype=ACC) * before
+    p *= tl.exp(tl.minimum(near, SAFE))
+    out = tl.dot(p.to(TYPE), y, out, input_precision=PRECISION, out_dtype=ACC)
+    y = (y * tl.exp(edge if REVERSE else (total - edge))[:, None]).to(TYPE)
     return out, tl.dot(tl.trans(b), y, m * tl.exp(total), input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
-def advance_by_channel(
-    a, b, y, m, p, EDGES, d, D, w, W, DECAY: tl.constexpr, REVERSE: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The same with one decay per row or column of the state."""
-    if DECAY == ROWS:
-        read, before, after = load_edges(EDGES, d, D, REVERSE)
-        out = tl.dot(a, (m * read[:, None]).to(TYPE), input_precision=PRECISION, out_dtype=ACC)
-        before, after = before[:, None], after[:, None]
+def load_decays(SUMS, EDGES, SAFES, j, i, c, channels, own, length, place, H, h, C: tl.constexpr, DECAY: tl.constexpr, READ: tl.constexpr):
+    """Of chunk j: logarithms of what M is multiplied by before and after its sums are added; for EXACT the middle and the whole sum.
+    Then of what rows of the sums are multiplied by (for EXACT the running sums), and whether the chunk is safe."""
+    chunk = (place + j) * H + h
+    if (DECAY == TOKEN) | (DECAY == EXACT):
+        before, after = tl.load(EDGES + chunk * 2), tl.load(EDGES + chunk * 2 + 1)
+        near = tl.load(SUMS + own + j * C + i, mask=i < length - j * C, other=0.0)
+        safe = before <= 0
+        if DECAY == TOKEN:
+            near = (before - near) if READ else (near - before)
+            before, after = ((after - before), before) if READ else (before, (after - before))
     else:
-        read, before, after = load_edges(EDGES, w, W, REVERSE)
-        out = tl.dot(a, m.to(TYPE), input_precision=PRECISION, out_dtype=ACC) * read[None, :]
-        before, after = before[None, :], after[None, :]
-    out = tl.dot(p, y, out, input_precision=PRECISION, out_dtype=ACC)
-    return out, tl.dot(tl.trans(b), y, m * before, input_precision=PRECISION, out_dtype=ACC) * after
+        before, after = load_edge(EDGES, chunk, READ, c, channels), load_edge(EDGES, chunk, 2 - READ, c, channels)
+        near = tl.zeros((C,), before.dtype)
+        safe = tl.load(SAFES + chunk) != 0
+    return before, after, near, safe
+
+
+@triton.jit
+def scaled(m, log, DECAY: tl.constexpr):
+    """M times what a chunk's edge says."""
+    by = tl.exp(log)
+    if DECAY == ROWS:
+        by = by[:, None]
+    elif DECAY == COLUMNS:
+        by = by[None, :]
+    return m * by
+
+
+@triton.jit
+def walk(
+    A, B, Y, OUT, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, o_t, own, place, length, h, w, scale, H, D, W,
+    DP: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr, BONUS: tl.constexpr,
+    TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All chunks of a segment; returns M behind them."""
+    i, d, last = tl.arange(0, C), tl.arange(0, DP), tl.cdiv(length, C) - 1
+    READ: tl.constexpr = 2 if REVERSE else 0
+    SCALED: tl.constexpr = (DECAY != NONE) & (DECAY != EXACT)
+    c, channels = (w, W) if DECAY == COLUMNS else (d, D)
+    if DECAY != NONE:  # loaded a chunk ahead, so that nothing waits for them
+        before, after, near, safe = load_decays(
+            SUMS, EDGES, SAFES, last if REVERSE else 0, i, c, channels, own, length, place, H, h, C, DECAY, READ
+        )
+    for n in range(0, last + 1):
+        j = (last - n) if REVERSE else n
+        left, t = length - j * C, (j * C).to(tl.int64)
+        a = load_tile(A + t * a_t, i, d, a_t, left, D, EVEN, TYPE)
+        b = load_tile(B + t * b_t, i, d, b_t, left, D, EVEN, TYPE)
+        y = load_tile(Y + t * y_t, i, w, y_t, left, W, EVEN, TYPE)
+        if DECAY != NONE:
+            following = tl.maximum(j - 1, 0) if REVERSE else tl.minimum(j + 1, last)
+            before_, after_, near_, safe_ = load_decays(
+                SUMS, EDGES, SAFES, following, i, c, channels, own, length, place, H, h, C, DECAY, READ
+            )
+        causal = (i[:, None] <= i[None, :]) if REVERSE else (i[:, None] >= i[None, :])
+        if DECAY >= ROWS:  # what is missing is `exact_outputs`, or the bonus
+            causal = causal & safe & ((i[:, None] != i[None, :]) | (not BONUS))
+        p = tl.where(causal, tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=ACC), 0.0)
+        if BONUS and DECAY == ROWS:
+            itself = tl.load(DIAGONAL + own + t + i, mask=i < left, other=0.0)
+            p += tl.where(i[:, None] == i[None, :], itself[:, None], 0.0)
+        if DECAY == EXACT:
+            out, m = advance_exactly(a, b, y, m, p, near, before, after, REVERSE, TYPE, ACC, PRECISION)
+        else:
+            if SCALED:
+                m = scaled(m, before, DECAY)
+            out = tl.dot(a, m.to(TYPE), input_precision=PRECISION, out_dtype=ACC)
+            if DECAY >= ROWS:
+                chunk = (place + j) * H + h
+                if not safe:
+                    rest = load_edge(EDGES, chunk, READ + 1, c, channels) - load_edge(EDGES, chunk, READ, c, channels)
+                    m = scaled(m, rest, DECAY)
+            out = tl.dot(p.to(TYPE), y, out, input_precision=PRECISION, out_dtype=ACC)
+            m = tl.dot(tl.trans(b), y, m, input_precision=PRECISION, out_dtype=ACC)
+            if DECAY == TOKEN:
+                out *= tl.exp(near)[:, None]
+        if SCALED:  # once for the edges of two chunks
+            before_ = before_ + after
+        if DECAY != NONE:
+            before, after, near, safe = before_, after_, near_, safe_
+        written = (i[:, None] < left) if EVEN else (i[:, None] < left) & (w[None, :] < W)
+        tl.store(OUT + t * o_t + i[:, None] * o_t + w[None, :], (out * scale).to(OUT.dtype.element_ty), mask=written)
+    if SCALED:
+        m = scaled(m, after, DECAY)
+    return m
 
 
 @triton.jit
 def sweep(
-    A, B, Y, OUT, INIT, FINAL, SUMS, TABLE, Z, R, EDGES, SAFES, P, DIAGONAL,
-    a_b, a_t, a_h, b_b, b_t, b_h, y_b, y_t, y_h, o_b, o_t, o_h, z_b, z_t, z_h, r_slice, s_b, s_h,
-    a_rep, b_rep, y_rep, z_rep, m_row, m_col, m_size, size, scale, H, D, W, CHUNKS,
+    A, B, Y, OUT, INIT, FINAL, SUMS, TABLE, EDGES, UNSAFE, SAFES, DIAGONAL,
+    a_b, a_t, a_h, b_b, b_t, b_h, y_b, y_t, y_h, o_b, o_t, o_h, s_b, s_h,
+    a_rep, b_rep, y_rep, m_row, m_col, m_size, size, scale, H, D, W, CHUNKS,
     DP: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr,
-    BONUS: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_R: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BONUS: tl.constexpr, HAS_FINAL: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See the module; R [slices, B, H, T] takes `z . out` of the slice. Programs: segments x heads x slices of W."""
+    """See the module; UNSAFE `[segments, H]`: positive where some chunk was not scaled. Programs: segments x heads x slices of W."""
     slices = tl.cdiv(W, BW)
     slice_, h, segment = tl.program_id(0) % slices, tl.program_id(0) // slices % H, (tl.program_id(0) // slices // H).to(tl.int64)
     row, start, stop = segment_of(TABLE, segment)
     if start == stop:  # no segment at all
         return
-    i, d, w = tl.arange(0, C), tl.arange(0, DP), slice_ * BW + tl.arange(0, BW)
+    d, w = tl.arange(0, DP), slice_ * BW + tl.arange(0, BW)
     A += row * a_b + start * a_t + (h // a_rep) * a_h
     B += row * b_b + start * b_t + (h // b_rep) * b_h
     Y += row * y_b + start * y_t + (h // y_rep) * y_h
@@ -129,44 +215,67 @@ def sweep(
     tile = (at * H + h) * m_size + d[:, None] * m_row + w[None, :] * m_col
     # zeros as a constant would make ptxas run the matrix products one by one
     m = tl.load(INIT + tile, mask=(d[:, None] < D) & (w[None, :] < W), other=0.0).to(ACC)
-    length = (stop - start).to(tl.int32)
-    chunks = tl.cdiv(length, C)
-    for n in range(0, chunks):
-        j = (chunks - 1 - n) if REVERSE else n
-        left, t = length - j * C, (j * C).to(tl.int64)
-        a = load_tile(A + t * a_t, i, d, a_t, left, D, EVEN, TYPE)
-        b = load_tile(B + t * b_t, i, d, b_t, left, D, EVEN, TYPE)
-        y = load_tile(Y + t * y_t, i, w, y_t, left, W, EVEN, TYPE)
-        p = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=ACC)
-        causal = (i[:, None] <= i[None, :]) if REVERSE else (i[:, None] >= i[None, :])
-        if DECAY == NONE:
-            p = tl.where(causal, p, 0.0).to(TYPE)
-            out = tl.dot(a, m.to(TYPE), input_precision=PRECISION, out_dtype=ACC)
-            out = tl.dot(p, y, out, input_precision=PRECISION, out_dtype=ACC)
-            m = tl.dot(tl.trans(b), y, m, input_precision=PRECISION, out_dtype=ACC)
-        elif DECAY == TOKEN:
-            sums, total = load_sums(SUMS + own + t, i, left, C)
-            out, m = advance_by_token(a, b, y, m, p, causal, sums, total, REVERSE, TYPE, ACC, PRECISION)
+    length, place = (stop - start).to(tl.int32), segment * CHUNKS
+    if DECAY == TOKEN:
+        if tl.load(UNSAFE + segment * H + h) > 0:
+            m = walk(A, B, Y, OUT, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, o_t, own, place, length, h, w, scale, H, D, W,
+                     DP, C, EVEN, REVERSE, EXACT, BONUS, TYPE, ACC, PRECISION)  # fmt: skip
         else:
-            place = (segment * CHUNKS + j) * H + h
-            safe = tl.load(SAFES + place) != 0
-            p = scores(p, P, DIAGONAL, own + t, i, left, safe, C, DECAY, REVERSE, BONUS).to(TYPE)
-            edges = EDGES + place * 4 * (D if DECAY == ROWS else W)
-            out, m = advance_by_channel(a, b, y, m, p, edges, d, D, w, W, DECAY, REVERSE, TYPE, ACC, PRECISION)
-        out *= scale
-        written = (i[:, None] < left) if EVEN else (i[:, None] < left) & (w[None, :] < W)
-        tl.store(OUT + t * o_t + i[:, None] * o_t + w[None, :], out.to(OUT.dtype.element_ty), mask=written)
-        if HAS_R:
-            z = load_tile(Z + row * z_b + (start + t) * z_t + (h // z_rep) * z_h, i, w, z_t, left, W, EVEN, ACC)
-            tl.store(R + slice_ * r_slice + own + t + i, tl.sum(z * out, 1), mask=i < left)
+            m = walk(A, B, Y, OUT, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, o_t, own, place, length, h, w, scale, H, D, W,
+                     DP, C, EVEN, REVERSE, DECAY, BONUS, TYPE, ACC, PRECISION)  # fmt: skip
+    else:
+        m = walk(A, B, Y, OUT, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, o_t, own, place, length, h, w, scale, H, D, W,
+                 DP, C, EVEN, REVERSE, DECAY, BONUS, TYPE, ACC, PRECISION)  # fmt: skip
     if HAS_FINAL:
         at = tl.load(TABLE + segment * 5 + (3 if REVERSE else 4))
         tl.store(FINAL + (at * H + h) * size + d[:, None] * W + w[None, :], m, mask=(d[:, None] < D) & (w[None, :] < W))
 
 
 @triton.jit
+def gather(
+    B, Y, SUMS, EDGES, SAFES, m, b_t, y_t, own, length, place, h, d, w, H, D, W,
+    C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What all chunks of a segment make of M."""
+    i, last = tl.arange(0, C), tl.cdiv(length, C) - 1
+    READ: tl.constexpr = 2 if REVERSE else 0
+    SCALED: tl.constexpr = (DECAY != NONE) & (DECAY != EXACT)
+    if DECAY != NONE:
+        before, after, near, safe = load_decays(
+            SUMS, EDGES, SAFES, last if REVERSE else 0, i, d, D, own, length, place, H, h, C, DECAY, READ
+        )
+    for n in range(0, last + 1):
+        j = (last - n) if REVERSE else n
+        left, t = length - j * C, (j * C).to(tl.int64)
+        b = load_tile(B + t * b_t, i, d, b_t, left, D, EVEN, TYPE)
+        y = load_tile(Y + t * y_t, i, w, y_t, left, W, EVEN, TYPE)
+        if DECAY != NONE:
+            following = tl.maximum(j - 1, 0) if REVERSE else tl.minimum(j + 1, last)
+            before_, after_, near_, safe_ = load_decays(SUMS, EDGES, SAFES, following, i, d, D, own, length, place, H, h, C, DECAY, READ)
+        if DECAY == EXACT:
+            edge = tl.where(before > 0, near, before)
+            y = (y * tl.exp(edge if REVERSE else (after - edge))[:, None]).to(TYPE)
+            m *= tl.exp(after)
+        if SCALED:
+            m = scaled(m, before, DECAY)
+        if DECAY == ROWS:
+            chunk = (place + j) * H + h
+            if not safe:
+                m = scaled(m, load_edge(EDGES, chunk, READ + 1, d, D) - load_edge(EDGES, chunk, READ, d, D), DECAY)
+        m = tl.dot(tl.trans(b), y, m, input_precision=PRECISION, out_dtype=ACC)
+        if SCALED:
+            before_ = before_ + after
+        if DECAY != NONE:
+            before, after, near, safe = before_, after_, near_, safe_
+    if SCALED:
+        m = scaled(m, after, DECAY)
+    return m
+
+
+@triton.jit
 def collect(
-    B, Y, BOUNDS, SUMS, TABLE, EDGES, b_b, b_t, b_h, y_b, y_t, y_h, s_b, s_h, b_rep, y_rep, H, D, W, CHUNKS,
+    B, Y, BOUNDS, SUMS, TABLE, EDGES, UNSAFE, SAFES, b_b, b_t, b_h, y_b, y_t, y_h, s_b, s_h, b_rep, y_rep, H, D, W, CHUNKS,
     BD: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr,
     TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -177,28 +286,22 @@ def collect(
     row, start, stop = segment_of(TABLE, segment)
     if start == stop:
         return
-    i, d, w = tl.arange(0, C), (tile_ // slices) * BD + tl.arange(0, BD), (tile_ % slices) * BW + tl.arange(0, BW)
+    d, w = (tile_ // slices) * BD + tl.arange(0, BD), (tile_ % slices) * BW + tl.arange(0, BW)
     B += row * b_b + start * b_t + (h // b_rep) * b_h
     Y += row * y_b + start * y_t + (h // y_rep) * y_h
     own = row * s_b + h * s_h + start
-    length = (stop - start).to(tl.int32)
+    length, place = (stop - start).to(tl.int32), segment * CHUNKS
     m = tl.zeros((BD, BW), ACC)
-    chunks = tl.cdiv(length, C)
-    for n in range(0, chunks):
-        j = (chunks - 1 - n) if REVERSE else n
-        left, t = length - j * C, (j * C).to(tl.int64)
-        b = load_tile(B + t * b_t, i, d, b_t, left, D, EVEN, TYPE)
-        y = load_tile(Y + t * y_t, i, w, y_t, left, W, EVEN, TYPE)
-        if DECAY == NONE:
-            m = tl.dot(tl.trans(b), y, m, input_precision=PRECISION, out_dtype=ACC)
-        elif DECAY == TOKEN:
-            sums, total = load_sums(SUMS + own + t, i, left, C)
-            y = (y * tl.exp(tl.minimum(sums if REVERSE else total - sums, 0.0))[:, None]).to(TYPE)
-            m = tl.dot(tl.trans(b), y, m * tl.exp(total), input_precision=PRECISION, out_dtype=ACC)
+    if DECAY == TOKEN:
+        if tl.load(UNSAFE + segment * H + h) > 0:
+            m = gather(B, Y, SUMS, EDGES, SAFES, m, b_t, y_t, own, length, place, h, d, w, H, D, W, C, EVEN, REVERSE, EXACT,
+                       TYPE, ACC, PRECISION)  # fmt: skip
         else:
-            place = (segment * CHUNKS + j) * H + h
-            _, before, after = load_edges(EDGES + place * 4 * D, d, D, REVERSE)
-            m = tl.dot(tl.trans(b), y, m * before[:, None], input_precision=PRECISION, out_dtype=ACC) * after[:, None]
+            m = gather(B, Y, SUMS, EDGES, SAFES, m, b_t, y_t, own, length, place, h, d, w, H, D, W, C, EVEN, REVERSE, DECAY,
+                       TYPE, ACC, PRECISION)  # fmt: skip
+    else:
+        m = gather(B, Y, SUMS, EDGES, SAFES, m, b_t, y_t, own, length, place, h, d, w, H, D, W, C, EVEN, REVERSE, DECAY,
+                   TYPE, ACC, PRECISION)  # fmt: skip
     at = tl.load(TABLE + segment * 5 + (3 if REVERSE else 4))
     inside = (d[:, None] < D) & (w[None, :] < W)
     tl.store(BOUNDS + (at * H + h) * D * W + d[:, None] * W + w[None, :], m, mask=inside)
@@ -207,7 +310,7 @@ def collect(
 @triton.jit
 def chain(
     BOUNDS, TOTALS, FIRST, INIT, H, D, W,
-    BLOCK: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_INIT: tl.constexpr,
+    BLOCK: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_INIT: tl.constexpr,
 ):  # fmt: skip
     """BOUNDS from what each segment adds to what M is at each boundary. FIRST [sequences + 1]: their first segments; segment s of
     sequence n lies between the boundaries s + n and s + n + 1. DECAY: 0, or the dimensions of TOTALS: 2 for [segments, H], 3 for
@@ -223,26 +326,31 @@ def chain(
     else:
         m = tl.zeros((BLOCK,), BOUNDS.dtype.element_ty)
     tl.store(BOUNDS + (((last if REVERSE else first) + n) * H + h) * size + x, m, mask=inside)
-    for j in range(0, last - first):
-        segment = (last - 1 - j) if REVERSE else (first + j)
-        at = BOUNDS + ((segment + n + (0 if REVERSE else 1)) * H + h) * size + x
-        added = tl.load(at, mask=inside, other=0.0)
-        if DECAY == 3:
-            m *= tl.exp(tl.load(TOTALS + (segment * H + h) * D + x // W, mask=inside, other=0.0))
-        elif DECAY == 2:
-            m *= tl.exp(tl.load(TOTALS + segment * H + h))
-        m += added
-        tl.store(at, m, mask=inside)
+    count, step, first = (last - first).to(tl.int32), -1 if REVERSE else 1, (last - 1) if REVERSE else first
+    BOUNDS += ((first + n + (0 if REVERSE else 1)) * H + h) * size
+    for j in range(0, count, AHEAD):
+        added, decays = (), ()
+        for u in tl.static_range(AHEAD):
+            there, at = inside & (j + u < count), ((first + (j + u) * step) * H + h) * (D if DECAY == 3 else 1)
+            added += (tl.load(BOUNDS + (j + u) * step * H * size + x, mask=there, other=0.0),)
+            if DECAY == 3:
+                decays += (tl.load(TOTALS + at + x // W, mask=there, other=0.0),)
+            elif DECAY == 2:
+                decays += (tl.load(TOTALS + at, mask=j + u < count, other=0.0),)
+        for u in tl.static_range(AHEAD):
+            if DECAY > 0:
+                m *= tl.exp(decays[u])
+            m += added[u]
+            tl.store(BOUNDS + (j + u) * step * H * size + x, m, mask=inside & (j + u < count))
 
 
 @triton.jit
 def gate_gradient(
-    RQ, RK, DG, S, DS, TABLE, r_slice, r_b, r_h, g_b, g_t, g_h, scale, H, SLICES, SIZE,
-    C: tl.constexpr, BLOCK: tl.constexpr,
+    OUT, DO, V, DV, DG, S, DS, TABLE,
+    o_b, o_t, o_h, do_b, do_t, do_h, v_b, v_t, v_h, dv_b, dv_t, dv_h, g_b, g_t, g_h, v_rep, scale, H, SIZE, W,
+    C: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """DG from RQ = q . dq and RK = k . dk, each [slices, B, H, T], and the states and their gradients at the segments' ends.
-    Programs: segments x heads."""
-    ACC: tl.constexpr = RQ.dtype.element_ty
+    """DG from o . do - v . dv, and the states and their gradients at the segments' ends. Programs: segments x heads."""
     h, segment = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
     row, start, stop = segment_of(TABLE, segment)
     if start == stop:
@@ -253,13 +361,26 @@ def gate_gradient(
         j = x + tl.arange(0, BLOCK)
         both += tl.load(S + at + j, mask=j < SIZE, other=0.0).to(ACC) * tl.load(DS + at + j, mask=j < SIZE, other=0.0)
     later = tl.sum(both, 0) * scale
+    OUT += row * o_b + h * o_h
+    DO += row * do_b + h * do_h
+    V += row * v_b + (h // v_rep) * v_h
+    DV += row * dv_b + h * dv_h
     chunks = tl.cdiv(stop - start, C)
     for n in range(0, chunks):
-        t = start + (chunks - 1 - n) * C + tl.arange(0, C)
+        first = start + (chunks - 1 - n) * C
+        i, left = tl.arange(0, C), (stop - first).to(tl.int32)
         each = tl.zeros((C,), ACC)
-        for s in range(0, SLICES):
-            each += tl.load(RQ + s * r_slice + row * r_b + h * r_h + t, mask=t < stop, other=0.0)
-            each -= tl.load(RK + s * r_slice + row * r_b + h * r_h + t, mask=t < stop, other=0.0)
+        for x in range(0, W, BW):
+            w = x + tl.arange(0, BW)
+            o, do = (
+                load_tile(OUT + first * o_t, i, w, o_t, left, W, False, ACC),
+                load_tile(DO + first * do_t, i, w, do_t, left, W, False, ACC),
+            )
+            v, dv = (
+                load_tile(V + first * v_t, i, w, v_t, left, W, False, ACC),
+                load_tile(DV + first * dv_t, i, w, dv_t, left, W, False, ACC),
+            )
+            each += tl.sum(o * do - v * dv, 1)
         whole = tl.sum(each, 0)
-        tl.store(DG + row * g_b + t * g_t + h * g_h, later + whole - tl.cumsum(each, 0) + each, mask=t < stop)
+        tl.store(DG + row * g_b + (first + i) * g_t + h * g_h, later + whole - tl.cumsum(each, 0) + each, mask=i < left)
         later += whole
