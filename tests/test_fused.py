@@ -3,6 +3,7 @@
 Kernels multiply in the dtype of their inputs, so a float32 state of bfloat16 inputs is held to the rule for bfloat16.
 """
 
+import importlib
 import inspect
 from unittest import mock
 
@@ -147,9 +148,12 @@ def test_models_step_by_kernels(name):
 
 
 @every_case
-def test_segments_of_one_sequence(op, draw):
+def test_segments_of_one_sequence(op, draw, monkeypatch):
     """Long enough to be cut up among programs."""
-    compare(op, inputs(draw, 1, 2 * 512 + 9), torch.float32)
+    module = importlib.import_module(op.fused)
+    if hasattr(module, "ANCHOR"):
+        monkeypatch.setattr(module, "ANCHOR", 128)
+    compare(op, inputs(draw, 1, 2 * (128 if hasattr(module, "ANCHOR") else 512) + 9), torch.float32)
 
 
 @every_case
@@ -250,6 +254,25 @@ def test_every_configuration_of_linear_attention(decay, keys, values, dtype):
         given |= {"log_decay": None if shape is None else -normal(*shape).abs(), "state": normal(batch, heads, keys, values)}
         given |= {"bonus": normal(heads, keys)} if decay == "channel" and length == 130 else {}
         compare_on_device(op, given, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decay", ["none", "head", "token", "channel"])
+@pytest.mark.parametrize("keys, values", [(16, 32), (48, 80), (64, 64), (64, 128), (96, 48), (128, 128), (256, 256)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_every_configuration_of_the_delta_rule(decay, keys, values, dtype):
+    """As above: slices of values are wide where there are many sequences and heads."""
+    for batch, heads, length in ((70, 2, 130), (1, 2, 300)):
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape, generator=generator):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        shape = {"none": None, "head": (heads,), "token": (batch, length, heads), "channel": (batch, length, heads, keys)}[decay]
+        k = torch.nn.functional.normalize(normal(batch, length, 1, keys), dim=-1)
+        given = {"q": normal(batch, length, heads, keys), "k": k, "v": normal(batch, length, heads, values)}
+        given |= {"beta": 2 * normal(batch, length, heads).sigmoid(), "log_decay": None if shape is None else -normal(*shape).abs()}
+        compare_on_device(OPS["delta_rule"], given | {"state": normal(batch, heads, keys, values)}, dtype)
 
 
 def compare_on_device(op, given: dict, dtype: torch.dtype) -> None:
