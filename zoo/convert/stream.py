@@ -98,16 +98,21 @@ class Shelf:
         """What belongs to no layer: embedding, last norm, and the head where it is not the embedding."""
         return {name: tensor for stem in ("model.embed", "model.norm.", "lm_head.") for name, tensor in self.state(stem).items()}
 
-    def embed(self, rows: Tensor, device: str) -> Tensor:
-        """`[N, T, D]`: what the first layer reads of these tokens `[N, T]`; on the device that wants it, the table is not."""
-        shell = self._shell()
-        with torch.no_grad():
-            return entering(shell.model, rows.long()).to(device)
+    def embedding(self) -> Callable[[Tensor], Tensor]:
+        """Tokens `[N, T]` -> what the first layer reads of them, `[N, T, D]`; on the CPU, so that no device holds the table."""
+        model = self._shell().model
+
+        @torch.no_grad()
+        def embed(rows: Tensor) -> Tensor:
+            return entering(model, rows.long())
+
+        return embed
 
     @torch.no_grad()
     def perplexity(self, rows: Tensor, device: str) -> float:
         """Of tokens `[N, T]`, each given those before it in its row."""
-        at = [(self.embed(row, device), None) for row in rows.split(1)]
+        embed = self.embedding()
+        at = [(embed(row).to(device), None) for row in rows.split(1)]
         for index in range(self.model.config.num_hidden_layers):
             block = self.block(index, device)
             at = [block(x, None, None, carry)[::2] for x, carry in at]
@@ -158,7 +163,7 @@ def write_student(
     """
     shell, names = blank(config), {}
     replaced = converted_layers(shell)
-    x = teacher.embed(rows, device) if needs_text(inits, rows) else None
+    x = teacher.embedding()(rows).to(device) if needs_text(inits, rows) else None
     with whole_or_nothing(folder) as stage:
         for index in range(config.num_hidden_layers):
             source, prefix = teacher.block(index, device), f"model.layers.{index}."
@@ -282,8 +287,10 @@ def align(
     with TemporaryDirectory(prefix=".activations.", dir=folder) as place:
         known = Activations(place, numbers, len(rows), rows.shape[1], width, teacher.dtype)
         chunks = numbers.split(stage.batch // stage.accumulate)
+        embed = teacher.embedding()
         for chunk in chunks:
-            known.put(chunk, teacher.embed(rows[chunk], "cpu"), None)
+            known.put(chunk, embed(rows[chunk]), None)
+        del embed  # and the table with it
         for index in range(replaced[-1] + 1):
             source, block = teacher.block(index, device), student.block(index, device) if index in replaced else None
             if block is not None and str(index) not in done:
