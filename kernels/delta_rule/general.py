@@ -5,10 +5,11 @@ from torch import Tensor
 
 from zoo.kernels.checks import Shapes, accumulator, float_dtype
 from zoo.kernels.delta_rule import chunked, reference, shared
-from zoo.kernels.dispatch import Backend, Op
+from zoo.kernels.dispatch import Backend, Op, kept, states_in_place
 from zoo.kernels.packing import Packing
 
 NAME = "general_delta_rule"
+WIDEST = 128  # channels of a head that the fused kernels take
 
 
 def general_delta_rule(
@@ -74,11 +75,10 @@ def general_delta_rule(
 
 def step(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor, *, state: Tensor, scale: float | None = None) -> Tensor:
     """One token, `[B, H, K]` and `[B, H, V]` -> `[B, H, V]`; `state` `[B, H, K, V]` is updated in place (no gradient)."""
-    with torch.no_grad():
-        token = (x.unsqueeze(1) for x in (q, k, v, a, b, log_decay))
-        out, new = general_delta_rule(*token, state=state, scale=scale, backend="reference")
-        state.copy_(new)
-    return out.squeeze(1)
+    token = (x.unsqueeze(1) for x in (q, k, v, a, b, log_decay))
+    with torch.no_grad(), states_in_place():
+        out, new = general_delta_rule(*token, state=state, scale=scale)
+    return kept(out, new, state)
 
 
 def summarize(k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,6 +91,12 @@ def summarize(k: Tensor, v: Tensor, a: Tensor, b: Tensor, log_decay: Tensor) -> 
     values, state = shared.identity_beside(v, k.shape[-1])
     _, state = general_delta_rule(k, k, values, a, b, log_decay, state=state)
     return state[..., : k.shape[-1]], state[..., k.shape[-1] :]
+
+
+def _obstacle(tensors: dict) -> str | None:
+    """What the fused kernels do not do."""
+    widest = max(tensors["k"].shape[3], tensors["v"].shape[3])
+    return f"K or V is {widest}, and its kernels take up to {WIDEST}" if widest > WIDEST else None
 
 
 def _case(bounded: bool = True, groups: int = 2):
@@ -121,6 +127,9 @@ OP = Op(
     options={"scale": "float"},
     along_time=("q", "k", "v", "a", "b", "log_decay"),
     meta=shared.meta,
+    step="zoo.kernels.fused_step",
+    fused="zoo.kernels.delta_rule.fused_general",
+    obstacle=_obstacle,
     cases={"bounded": _case(), "free": _case(bounded=False), "grouped": _case(groups=1)},
     call=general_delta_rule,
 )
