@@ -98,12 +98,12 @@ def ring_append(
     if cache is None:
         cache = _empty(count, {"k": k, "v": v}, slots=sinks + window)
     rows = torch.arange(count, device=k.device).unsqueeze(1)
-    before = ring_positions(cache["length"], window, sinks)
     if packing is None and longest == 1:
-        slot = torch.where(at < sinks, at, sinks + (at - sinks) % window)
+        slot = torch.where(at < sinks, at, sinks + (at - sinks) % window) if sinks else at % window
         written = {"k": _write(cache["k"], rows, slot, k), "v": _write(cache["v"], rows, slot, v)}
         written["length"] = _advance(cache["length"], 1, packing)
         return written["k"], written["v"], ring_positions(written["length"], window, sinks), written
+    before = ring_positions(cache["length"], window, sinks)
     if packing is not None:
         k, v = packing.pad(k), packing.pad(v)
     keys, values = (torch.cat([cache[name], x.to(cache[name].dtype)], dim=1) for name, x in (("k", k), ("v", v)))
@@ -150,9 +150,11 @@ def ring_leaving(cache: Cache | None, new: Cache, window: int, sinks: int = 0, p
 def ring_positions(length: Tensor, window: int, sinks: int) -> Tensor:
     """`[B, sinks + window]`: the position in each slot of a ring after `length` `[B]` tokens, -1 where it is empty."""
     length = length.unsqueeze(1)
-    kept = torch.arange(sinks, device=length.device)
-    newest = length - sinks - 1  # counted behind the sinks, negative if there is none
+    newest = length - (sinks + 1)  # counted behind the sinks, negative if there is none
     turning = newest - (newest - torch.arange(window, device=length.device)) % window
+    if not sinks:
+        return turning.clamp(min=-1)
+    kept = torch.arange(sinks, device=length.device)
     return torch.cat([torch.where(kept < length, kept, -1), torch.where(turning >= 0, turning + sinks, -1)], dim=1)
 
 
