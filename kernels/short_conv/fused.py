@@ -1,9 +1,10 @@
 """Short causal convolution in Triton.
 
 A program walks one segment of a sequence over a block of channels, token by token, with the last W - 1 inputs in registers: every
-input is read once, or W - 1 more a segment. Several rows are asked for before the first is used, which is all the latency hiding there
-is. The gradient of an input is complete W - 1 tokens later, when the last output that reads it has come by; the walk of the backward
-pass therefore goes W - 1 tokens past its segment, makes the outputs before SiLU anew, and sums up its share of the weight's gradient.
+input is read once, or W - 1 more a segment. Several rows are asked for before the first is used, and in the backward pass before those
+at hand are worked on. The gradient of an input is complete W - 1 tokens later, when the last output that reads it has come by; the
+walk of the backward pass therefore goes W - 1 tokens past its segment, makes the outputs before SiLU anew, and sums up its share of
+the weight's gradient.
 
 Floor, D channels of two bytes, per token: forward x in and y out, 4 D bytes; backward x and dy in, dx out, 6 D bytes.
 """
@@ -18,8 +19,8 @@ from zoo.kernels.launch import launch, rows, strides
 from zoo.kernels.packing import Packing
 from zoo.kernels.segments import Segments, cdiv, power_of_two
 
-AHEAD, AFTER = 8, tl.constexpr(4)  # rows asked for at once, within a segment and behind it
-VECTOR = 16  # bytes of a thread's share of a row, less where the window is long
+AHEAD = 4  # rows asked for at once
+VECTOR = 8  # bytes of a thread's share of a row, less where the window is long
 WARPS = 1
 PROGRAMS = 4096  # that a GPU is given if there are tokens enough
 LEAST, MOST = 16, 256  # tokens of a segment
@@ -117,14 +118,12 @@ def forward(
 
 @triton.jit
 def walk_back(
-    X, DOUT, DX, DLAST, DSTATE, window, dzs, sums, taps, bias, inside, is_first, t, length, left, x_t, y_t, o_t, l_i, D,
-    W: tl.constexpr, COUNT: tl.constexpr, SILU: tl.constexpr, TAIL: tl.constexpr,
+    xs, dys, DX, DLAST, DSTATE, window, dzs, sums, taps, bias, inside, is_first, t, length, left, o_t, l_i, D,
+    W: tl.constexpr, SILU: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """COUNT tokens from t on, all of them the segment's own unless TAIL. sums: of the W gradients of the weight, and the bias's."""
-    xs = load_ahead(X + t * tl.cast(x_t, tl.int64), x_t, inside, left - t, COUNT)
-    dys = load_ahead(DOUT + t * tl.cast(y_t, tl.int64), y_t, inside, left - t, COUNT)
+    """The rows from token t on, all of them the segment's own unless TAIL. sums: of the W gradients of the weight, and the bias's."""
     DX += (t - (W - 1)) * tl.cast(o_t, tl.int64)
-    for i in tl.static_range(COUNT):
+    for i in tl.static_range(len(xs)):
         x, dz = xs[i].to(tl.float32), dys[i].to(tl.float32)
         if SILU:
             z = convolve(window, x, taps, bias, W)
@@ -194,16 +193,21 @@ def backward(
         for _ in tl.static_range(W if BIAS is None else W + 1):
             sums += (tl.zeros((BD,), tl.float32),)
     length, left = (stop - start).to(tl.int32), (end - start).to(tl.int32)
+    far_x, far_y = tl.cast(x_t, tl.int64), tl.cast(y_t, tl.int64)
     whole = length // AHEAD * AHEAD
+    next_xs, next_dys = load_ahead(X, x_t, inside, whole, AHEAD), load_ahead(DOUT, y_t, inside, whole, AHEAD)
     for t in range(0, whole, AHEAD):
+        xs, dys = next_xs, next_dys
+        next_xs = load_ahead(X + (t + AHEAD) * far_x, x_t, inside, whole - t - AHEAD, AHEAD)
+        next_dys = load_ahead(DOUT + (t + AHEAD) * far_y, y_t, inside, whole - t - AHEAD, AHEAD)
         window, dzs, sums = walk_back(
-            X, DOUT, DX, DLAST, DSTATE, window, dzs, sums, taps, bias, inside, is_first, t, length, left, x_t, y_t, o_t, l_i, D,
-            W, AHEAD, SILU, False,
+            xs, dys, DX, DLAST, DSTATE, window, dzs, sums, taps, bias, inside, is_first, t, length, left, o_t, l_i, D, W, SILU, False
         )  # fmt: skip
-    for t in range(whole, length + W - 1, AFTER):
+    for t in range(whole, length + W - 1, AHEAD):
+        xs = load_ahead(X + t * far_x, x_t, inside, left - t, AHEAD)
+        dys = load_ahead(DOUT + t * far_y, y_t, inside, left - t, AHEAD)
         window, dzs, sums = walk_back(
-            X, DOUT, DX, DLAST, DSTATE, window, dzs, sums, taps, bias, inside, is_first, t, length, left, x_t, y_t, o_t, l_i, D,
-            W, AFTER, SILU, True,
+            xs, dys, DX, DLAST, DSTATE, window, dzs, sums, taps, bias, inside, is_first, t, length, left, o_t, l_i, D, W, SILU, True
         )  # fmt: skip
     for w in tl.static_range(len(sums)):
         tl.store(PARTS + (segment * len(sums) + w) * D + c, sums[w], mask=inside)
