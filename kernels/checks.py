@@ -7,8 +7,13 @@ from torch import Tensor
 
 
 @lru_cache
-def letters_of(layout: str) -> tuple[str, ...]:
+def _letters(layout: str) -> tuple[str, ...]:
     return tuple(layout.split())
+
+
+def letters_of(layout: str) -> tuple[str, ...]:
+    """What a layout names; remembered, except by the compiler, which warns of memories."""
+    return tuple(layout.split()) if torch.compiler.is_compiling() else _letters(layout)
 
 
 class Shapes:
