@@ -17,6 +17,12 @@ def token(draw: Draw, B: int, T: int, H: int, **sizes: int) -> dict[str, Tensor]
     return plain(draw, B, T, H, **sizes) | {"log_decay": draw.forget(B, T, H, dtype=torch.float32)}
 
 
+def grouped(draw: Draw, B: int, T: int, G: int, H: int, K: int, V: int) -> dict[str, Tensor]:
+    """Queries and keys of G groups, values of H heads."""
+    inputs = {"q": draw.unit(B, T, G, K), "k": draw.unit(B, T, G, K), "v": draw.normal(B, T, H, V), "beta": draw.uniform(B, T, H)}
+    return inputs | {"log_decay": draw.forget(B, T, H, dtype=torch.float32)}
+
+
 def channel(draw: Draw, B: int, T: int, H: int, K: int, V: int) -> dict[str, Tensor]:
     return plain(draw, B, T, H, K, V) | {"log_decay": draw.forget(B, T, H, K, temperature=16)}
 
@@ -36,12 +42,15 @@ DELTA = fla("chunk_delta_rule", lambda q, k, v, beta: (q, k, v, beta))
 GATED = fla("chunk_gated_delta_rule", lambda q, k, v, beta, log_decay: (q, k, v, log_decay, beta))
 KDA = fla("chunk_kda", lambda q, k, v, beta, log_decay: (q, k, v, log_decay, beta))
 RWKV7 = fla("chunk_rwkv7", lambda q, k, v, a, b, log_decay: (q, log_decay, k, v, a, b))
-HEADS = {"B": 4, "T": 8192, "H": 16, "K": 128, "V": 128}
-HALF = {"B": 4, "T": 8192, "H": 32, "K": 64, "V": 64}
+WIDE = ({"B": 4, "T": 8192}, {"B": 16, "T": 2048}, {"B": 1, "T": 32768})
+HEADS = {"H": 16, "K": 128, "V": 128}
+HALF = {"H": 32, "K": 64, "V": 64}
+QWEN3_NEXT = {"G": 16, "H": 32, "K": 128, "V": 128}
 
 CASES = (
-    Case("delta_rule", "no decay", HEADS, plain, (DELTA,)),
-    Case("delta_rule", "decay by token", HEADS, token, (GATED,)),
-    Case("delta_rule", "decay by channel", HEADS, channel, (KDA,)),
-    Case("general_delta_rule", "RWKV-7", HALF, general, (RWKV7,), apply=unscaled),
+    *(Case("delta_rule", "no decay", rows | HEADS, plain, (DELTA,)) for rows in WIDE),
+    *(Case("delta_rule", "decay by token", rows | HEADS, token, (GATED,)) for rows in WIDE),
+    *(Case("delta_rule", "Qwen3-Next's heads", {"B": 1, "T": length} | QWEN3_NEXT, grouped, (GATED,)) for length in (1024, 8192, 65536)),
+    *(Case("delta_rule", "decay by channel", rows | HEADS, channel, (KDA,)) for rows in WIDE),
+    *(Case("general_delta_rule", "RWKV-7", WIDE[0] | heads, general, (RWKV7,), apply=unscaled) for heads in (HALF, HEADS)),
 )
