@@ -64,7 +64,7 @@ def main() -> None:
     place, began = Path(args.output), time.monotonic()
     write_teacher(place / "teacher", args.size)
     print(f"{args.size} teacher of random weights: {time.monotonic() - began:.0f} s")
-    np.save(place / "tokens.npy", np.random.default_rng(0).integers(0, 256, args.tokens * 3 // 2).astype(np.int32))
+    np.save(place / "tokens.npy", np.random.default_rng(0).integers(0, 256, args.tokens + 10240).astype(np.int32))
     stage = {"name": "align", "target": "mixer_out", "loss": "rel_mse", "train": "mixer", "tokens": args.tokens, "length": 512,
              "batch": args.batch}  # fmt: skip
     content = {"name": "align", "title": "alignment", "paper": "none", "mixer": args.mixer, "window": 64, "sinks": 4, "stages": [stage]}
