@@ -4,6 +4,7 @@ from unittest import mock
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers.generation.streamers import BaseStreamer
 
 import zoo
@@ -122,6 +123,19 @@ def test_what_cannot_be_recorded_runs_as_it_is(recorder, caplog):
     model.model.norm.forward = lambda x: norm(x) * float(x.isfinite().all())  # waits for the device
     assert torch.equal(write(model), expected) and recorder.count == 1
     assert "launched one by one" in caplog.text and "waits for the device" in caplog.text
+
+
+def test_adapters_that_are_switched_off_and_on_are_recorded_apart(recorder):
+    tuned = get_peft_model(make("gla-tiny"), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)).eval()
+    model, told = tuned.get_base_model(), []
+    for recorded in (False, True):
+        told.append([write(model, recorded=recorded).tolist()])
+        with tuned.disable_adapter():
+            told[-1].append(write(model, recorded=recorded).tolist())
+        told[-1].append(write(model, recorded=recorded).tolist())
+        tuned.set_adapter("default")
+        told[-1].append(write(model, recorded=recorded).tolist())
+    assert told[0] == told[1] and told[0][0] != told[0][1] and recorder.count == 3
 
 
 def sixth(ids, scores, **kwargs):
