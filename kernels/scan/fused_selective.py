@@ -16,12 +16,10 @@ from zoo.kernels.packing import Packing
 from zoo.kernels.scan.fused import chained, segment_length
 from zoo.kernels.segments import Segments, cdiv
 
-AHEAD = 4  # tokens read before the first is used
 CHUNK = 16  # tokens whose states a thread holds
-BLOCK, WARPS = 32, 1  # channels of a program that walks; one that finds gradients has a warp's 32
-LANES = 32
+LANES = 32  # channels of a program that finds gradients; all programs are one warp
 SHORTEST = 256  # tokens of a segment
-FILLED = 1024  # programs that occupy a GPU
+FILLED = 2048  # programs that occupy a GPU
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -30,12 +28,18 @@ def selective_scan(x, dt, A, B, C, D, state, packing: Packing | None = None) -> 
     return _SelectiveScan.apply(x, dt, A, B, C, D, state, None if packing is None else packing.cu_seqlens)
 
 
+def tile(states: int) -> tuple[int, int]:
+    """Channels of a program that walks, two a thread where registers suffice, and tokens that it reads before the first is used."""
+    return (64, 4) if states <= 16 else (32, 2)
+
+
 class Problem:
     """Sizes and segments of one walk, and its launches."""
 
     def __init__(self, x: Tensor, A: Tensor, groups: int, cu_seqlens: Tensor | None):
         self.batch, self.length, self.width = x.shape
-        self.states, self.groups, self.block, self.device = A.shape[1], groups, BLOCK, x.device
+        self.states, self.groups, self.device = A.shape[1], groups, x.device
+        self.block, self.ahead = tile(self.states)
         self.blocks = cdiv(self.width // groups, self.block)  # of a group
         size = segment_length(self.length, self.batch * groups * self.blocks, FILLED, SHORTEST)
         self.segments = Segments.of(self.batch, self.length, size, cu_seqlens, x.device)
@@ -52,7 +56,7 @@ class Problem:
             walk, self.programs,
             x, dt, A, pairs, D, out, start, end, totals, dy, fates, checks, self.segments.table, x.stride(0), x.stride(1), dt.stride(0),
             dt.stride(1), 0 if dy is None else dy.stride(0), 0 if dy is None else dy.stride(1), *self.sizes, self.length, self.chunks,
-            AHEAD=AHEAD, BD=self.block, N=self.states, CHUNK=CHUNK, GROUPS=self.groups, num_warps=max(1, int(self.block * WARPS / BLOCK)),
+            AHEAD=self.ahead, BD=self.block, N=self.states, CHUNK=CHUNK, GROUPS=self.groups, num_warps=1,
         )  # fmt: skip
 
 
