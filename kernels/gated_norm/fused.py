@@ -56,8 +56,28 @@ def both(a, b, c, d):
 
 
 @triton.jit
+def differentiate(x, dn, present, G, eps, LAYER: tl.constexpr):
+    """Normalised rows n, and the gradient of rows from that of n."""
+    if LAYER:
+        n, inverse = normalise(x, present, G, eps, LAYER)
+        along, mean = tl.reduce((dn * n, dn), 1, both)
+        return n, (dn - n * (along / G)[:, None] - (mean / G)[:, None]) * inverse
+    squares, along = tl.reduce((x * x, dn * x), 1, both)  # the latter is of x, so that one reduction finds both
+    inverse = tl.rsqrt(squares / G + eps)[:, None]
+    n = x * inverse
+    return n, (dn - n * ((along / G)[:, None] * inverse)) * inverse
+
+
+@triton.jit
 def load_channels(WEIGHT, c, G):
     return tl.load(WEIGHT + c, mask=c < G, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def affine(n, weight, bias):
+    if weight is not None:
+        n = n * weight
+    return n if bias is None else n + bias
 
 
 @triton.jit
@@ -77,10 +97,9 @@ def forward(
         if not GATE_LAST:
             x *= gate
     y, _ = normalise(x, present, G, eps, LAYER)
-    if WEIGHT is not None:
-        y *= load_channels(WEIGHT + first, c, G)
-    if BIAS is not None:
-        y += load_channels(BIAS + first, c, G)
+    weight = None if WEIGHT is None else load_channels(WEIGHT + first, c, G)
+    bias = None if BIAS is None else load_channels(BIAS + first, c, G)
+    y = affine(y, weight, bias)
     if GATE is not None and GATE_LAST:
         y *= gate
     tl.store(OUT + (r * GROUPS * G + first)[:, None] + c[None, :], y.to(OUT.dtype.element_ty), mask=inside)
@@ -110,10 +129,8 @@ def backward(
     DOUT += first
     if GATE is not None:
         GATE += first
-    if WEIGHT is not None:
-        weight = load_channels(WEIGHT + first, c, G)
-    if BIAS is not None:
-        bias = load_channels(BIAS + first, c, G)
+    weight = None if WEIGHT is None else load_channels(WEIGHT + first, c, G)
+    bias = None if BIAS is None else load_channels(BIAS + first, c, G)
     dweight, dbias = tl.zeros((R, BD), tl.float32), tl.zeros((R, BD), tl.float32)
     r = slice_ * R + tl.arange(0, R)
     tiles = tl.cdiv(ROWS, R)
@@ -126,40 +143,22 @@ def backward(
         inside = (r[:, None] < ROWS) & present
         xs, gates, dys = load_three(X, GATE, DOUT, r, c, x_0, x_1, x_2, g_0, g_1, g_2, y_0, y_1, y_2, L1, L2, inside)
         at = (own * GROUPS * G + first)[:, None] + c[None, :]
+        raw, du = x, dy
         if GATE is not None:
             act, slope = opening(gate, SILU)
-            raw = x
             if GATE_LAST:
                 du = dy * act
             else:
-                du = dy
-                x *= act
-        else:
-            du = dy
-        dn = du
-        if WEIGHT is not None:
-            dn = du * weight
-        if LAYER:
-            n, inverse = normalise(x, present, G, eps, LAYER)
-            along, mean = tl.reduce((dn * n, dn), 1, both)
-            dx = (dn - n * (along / G)[:, None] - (mean / G)[:, None]) * inverse
-        else:
-            squares, along = tl.reduce((x * x, dn * x), 1, both)
-            inverse = tl.rsqrt(squares / G + eps)[:, None]
-            n = x * inverse
-            dx = (dn - n * ((along / G)[:, None] * inverse)) * inverse
+                x = x * act
+        dn = du if weight is None else du * weight
+        n, dx = differentiate(x, dn, present, G, eps, LAYER)
         if WEIGHT is not None:
             dweight += du * n
         if BIAS is not None:
             dbias += du
         if GATE is not None:
             if GATE_LAST:
-                u = n
-                if WEIGHT is not None:
-                    u = n * weight
-                if BIAS is not None:
-                    u += bias
-                dgate = dy * u * slope
+                dgate = dy * affine(n, weight, bias) * slope
             else:
                 dgate = dx * raw * slope
                 dx *= act
