@@ -215,6 +215,17 @@ def own_gradient(V, DO, OWN, v_b, v_t, v_h, do_b, do_t, do_h, r_b, r_h, v_rep, s
 
 
 @triton.jit
+def rows_product(X, Y, at, d, D, W, BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """x . y of rows d of two matrices [D, W] that begin at `at`."""
+    total = tl.zeros(d.shape, ACC)
+    for first in range(0, W, BLOCK):
+        w = first + tl.arange(0, BLOCK)
+        tile, inside = at + d[:, None] * W + w[None, :], (d[:, None] < D) & (w[None, :] < W)
+        total += tl.sum(tl.load(X + tile, mask=inside, other=0.0).to(ACC) * tl.load(Y + tile, mask=inside, other=0.0), 1)
+    return total
+
+
+@triton.jit
 def finish(
     Q, K, G, DQ, DK, DG, EDGES, SAFES, OWN, U, DU, S, DS, TABLE,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, s_b, s_t, s_h, dg_b, dg_t, dg_h, r_b, r_h, q_rep, k_rep, scale, H, D, W, CHUNKS,
@@ -231,14 +242,10 @@ def finish(
         if BONUS:
             tl.store(DU + (segment * H + h) * D + d, tl.zeros((BD,), ACC), mask=d < D)
         return
-    u, du, later = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
+    u, du = tl.zeros((BD,), ACC), tl.zeros((BD,), ACC)
     if BONUS:
         u += load_row(U + h * D, d, d < D, ACC)
-    at = (tl.load(TABLE + segment * 5 + 4) * H + h) * D * W
-    for first in range(0, W, BLOCK):
-        w = first + tl.arange(0, BLOCK)
-        tile, inside = at + d[:, None] * W + w[None, :], (d[:, None] < D) & (w[None, :] < W)
-        later += tl.sum(tl.load(S + tile, mask=inside, other=0.0).to(ACC) * tl.load(DS + tile, mask=inside, other=0.0), 1) * scale
+    later = rows_product(S, DS, (tl.load(TABLE + segment * 5 + 4) * H + h) * D * W, d, D, W, BLOCK, ACC) * scale
     Q += row * q_b + (h // q_rep) * q_h
     K += row * k_b + (h // k_rep) * k_h
     G += row * g_b + h * g_h
