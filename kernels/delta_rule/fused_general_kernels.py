@@ -20,8 +20,8 @@ G enters as differences from e, its value at the chunk's middle, where nothing i
 among them. Other chunks are left to launches with EXACT, which take the scores by halves: for s in the first and t in the second half
 of a block, e is G at the edge between, and no exponent is positive, for any decays.
 
-Floor, K = V = D channels of two bytes, decays too, per token and head: forward 14 D bytes, backward 26 D. The matrices add, K = V = C,
-18 D forward and 62 D backward, in which they are made anew.
+Floor, K = V = D channels of two bytes, decays too, per token and head: forward 14 D bytes, backward 26 D. With the matrices, K = V = C, it
+is 50 D and 140 D: the backward makes them anew.
 """
 
 import triton
