@@ -70,6 +70,21 @@ def test_a_restored_layer_is_a_hybrid_that_keeps_one(teacher, aligned):
         assert scores[index] == pytest.approx(whole - divergence(hybrid(teacher, aligned, [index]), teacher), rel=1e-3, abs=1e-6)
 
 
+def test_without_an_aligned_student_windows_give_way(teacher):
+    """The same, on a student whose every layer is the teacher's attention with a window."""
+
+    def narrow(kept: list[int]):
+        fields = {"inherit": ["num_kv_heads"], "mixer_args": {"window": 6, "sinks": 2}}
+        return convert(teacher, mixer="transformer", keep=kept, window=None, **fields)
+
+    scores = layer_scores("restore", teacher, tokens(), window=6, sinks=2)
+    whole = divergence(narrow([]), teacher, 12)
+    for index in range(3):
+        assert scores[index] == pytest.approx(whole - divergence(narrow([index]), teacher, 12), rel=1e-3, abs=1e-6)
+    with pytest.raises(ValueError, match="too short to probe a window of 20"):
+        layer_scores("restore", teacher, tokens(), window=20, sinks=2)
+
+
 def test_a_bypass_leaves_the_mixer_out(teacher):
     scores = layer_scores("bypass", teacher, tokens())
     for index in range(3):

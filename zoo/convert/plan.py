@@ -182,7 +182,7 @@ def warnings(teacher: Blueprint, method: Method, account: Account, student: nn.M
         found.append(f"{method.mixer} has no rotary positions, the teacher's queries and keys expect them")
     if teacher.model.config.tie_word_embeddings and any("all" in stage.parts and not unties(student, stage) for stage in method.stages):
         found.append("embedding and head are tied, and are trained tied")
-    if method.select == "window" and isinstance(method.kept(len(student.config.plan)), int):
+    if method.select not in ("none", "uniform") and isinstance(method.kept(len(student.config.plan)), int):
         found.append("which layers stay is measured when the student is made; until then they are spread evenly")
     return found
 

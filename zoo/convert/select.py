@@ -4,14 +4,15 @@
     window    the teacher's predictions change when one layer alone sees only a window
     bypass    ... when one layer's mixer is left out
     swap      ... when one layer's attention is replaced by the aligned mixer (SMART, as in Zebra-Llama)
-    restore   the student with all mixers comes nearer its teacher when one layer gets its attention back (arXiv:2512.20569)
+    restore   a student that has given up attention everywhere comes nearer its teacher when one layer gets it back (arXiv:2512.20569)
     recall    a swap costs more of what is looked up in the context than of all else (HALO, arXiv:2601.22156)
 
-The last three read a student whose every layer was aligned; that one alignment serves hybrids of any ratio (`hybrid`).
+`swap` and `recall` read a student whose every layer was aligned, `restore` reads it or, where there is none, the teacher with a window in
+every layer; that one alignment serves hybrids of any ratio (`hybrid`).
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from zoo.mixer import Traits
 from zoo.models.hybrid import HybridConfig
 
 SIGNALS = ("uniform", "window", "bypass", "swap", "restore", "recall")
-ALIGNED = ("swap", "restore", "recall")  # those that read an aligned student
+ALIGNED = ("swap", "recall")  # those that need an aligned student
 FLOOR, LARGEST = 1e-4, 50.0  # of the ratio: what its denominator is at least, and the highest score it gives
 
 
@@ -54,7 +55,7 @@ def layer_scores(
         teacher: a zoo transformer language model.
         rows: `[N, T]` token ids of text.
         aligned: a student of it whose every layer was replaced and aligned, for the signals that read one.
-        window, sinks: of the signal "window".
+        window, sinks: of the signal "window", and of "restore" without an aligned student.
         seed: of what is copied for "recall".
         label: of a progress bar; None shows none.
 
@@ -70,15 +71,32 @@ def layer_scores(
         return window_sensitivity(teacher, rows, window=window, sinks=sinks, label=label)
     if signal == "bypass":
         return divergences(teacher, rows, (Silent() for _ in teacher.model.layers), label=label)
+    if signal == "restore" and aligned is None:
+        check_rows(rows, window)
+        narrow = list(narrowed(teacher, window, sinks))
+        return restorations(teacher, rows, teacher, narrow, start=2 * window, label=label)
     mixers = aligned_mixers(teacher, aligned, signal)
     if signal == "swap":
         return divergences(teacher, rows, mixers, label=label)
     if signal == "restore":
-        attention = [block.mixer for block in teacher.model.layers]
-        expected = F.log_softmax(teacher(rows, use_cache=False).logits.float(), -1)
-        whole = divergence(aligned.lm_head(aligned.model(rows, use_cache=False).last_hidden_state), expected)
-        return [whole - one for one in divergences(aligned, rows, attention, expected=expected, label=label)]
+        return restorations(teacher, rows, aligned, mixers, label=label)
     return recall_ratio(teacher, rows, mixers, seed=seed, label=label)
+
+
+def restorations(
+    teacher: nn.Module, rows: Tensor, base: nn.Module, mixers: list[nn.Module], *, start: int = 0, label: str | None = None
+) -> list[float]:
+    """For each layer how much nearer the teacher's predictions come when it alone has attention, and all others these mixers.
+
+    Args: base: what the mixers stand in, the teacher or an aligned student; start: the first position that counts.
+    """
+    attention = [block.mixer for block in teacher.model.layers]
+    expected = F.log_softmax(teacher._logits(teacher.model(rows, use_cache=False).last_hidden_state[:, start:]).float(), -1)
+    with ExitStack() as given_up:
+        for block, mixer in zip(base.model.layers, mixers, strict=True):
+            given_up.enter_context(in_place(block, mixer))
+        whole = divergence(base._logits(base.model(rows, use_cache=False).last_hidden_state[:, start:]), expected)
+        return [whole - one for one in divergences(base, rows, attention, start=start, expected=expected, label=label)]
 
 
 def aligned_mixers(teacher: nn.Module, aligned: nn.Module | None, signal: str) -> list[nn.Module]:
@@ -157,9 +175,14 @@ def window_sensitivity(teacher: nn.Module, rows: Tensor, *, window: int, sinks: 
     Raises:
         ValueError: rows no longer than 2 `window`.
     """
+    check_rows(rows, window)
+    return divergences(teacher, rows, narrowed(teacher, window, sinks), start=2 * window, label=label)
+
+
+def check_rows(rows: Tensor, window: int) -> None:
+    """Raise ValueError for rows that a window hides little of."""
     if rows.shape[1] <= 2 * window:
         raise ValueError(f"rows of {rows.shape[1]} tokens are too short to probe a window of {window}; they need more than {2 * window}")
-    return divergences(teacher, rows, narrowed(teacher, window, sinks), start=2 * window, label=label)
 
 
 def narrowed(teacher: nn.Module, window: int, sinks: int) -> Iterator[nn.Module]:
