@@ -1,7 +1,7 @@
 """The delta rule in Triton: the host's side. Which kernel runs on what, and its gradient.
 
 Tiles are fixed per head size, there is no tuning at run time. bf16 is multiplied as it is, fp16, and bf16 in few channels, as tf32,
-fp32 as fp64, see `zoo.kernels.fused.numbers`; the inverse of a chunk in tf32, three times over, or wider.
+fp32 as fp64, see `zoo.kernels.fused.numbers`; the inverse of a chunk as tf32 or wider.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 from triton import language as tl
 
 from zoo.kernels.delta_rule import fused_channel, fused_delta
-from zoo.kernels.fused import INTERPRETED, numbers
+from zoo.kernels.fused import numbers
 from zoo.kernels.launch import launch, rows, strides, zero
 from zoo.kernels.packing import Packing
 from zoo.kernels.segments import Segments, cdiv, padded_size
@@ -30,24 +30,26 @@ def chunk_length(channels: int, dtype: torch.dtype) -> int:
     return 64 if dtype == torch.bfloat16 and channels <= 128 else 32 if dtype != torch.float32 else 16
 
 
-INVERSE = "tf32x3" if INTERPRETED else "bf16x3"
-SLICE, WARPS, STAGES = 64, 4, 2
-
-
 class Tile(NamedTuple):
-    """A launch of `sweep` or `sweep_back`: channels of the slice, warps, stages of the pipeline."""
+    """A launch: values of a slice, warps, stages of the pipeline."""
 
     slice: int
     warps: int
     stages: int
 
 
-def tile(keys: int, values: int, dtype: torch.dtype, heads: int) -> Tile:
-    """For sizes of heads, of which there are so many in all sequences together."""
-    if dtype != torch.bfloat16:
+def sweep_tile(keys: int, values: int, dtype: torch.dtype, heads: int) -> Tile:
+    """Of `sweep` and `sweep_back`, for so many heads in all sequences together: as wide as leaves programs enough."""
+    if dtype != torch.bfloat16 or keys > 128:
         return Tile(min(32, padded_size(values)), 4, 1)
-    wide = heads * cdiv(values, 64) >= FILLED and padded_size(keys) <= 128
-    return Tile(min(64 if wide else 32, padded_size(values)), 4, 2 if padded_size(keys) <= 128 else 1)
+    part = next((n for n in (64, 32) if heads * cdiv(values, n) >= FILLED), 16)
+    return Tile(min(part, padded_size(values)), 8 if part == 64 else 4, 3)
+
+
+def gradient_tile(keys: int, values: int, dtype: torch.dtype) -> Tile:
+    """Of `gradients`."""
+    part = min(32, padded_size(values))
+    return Tile(part, 4, 3) if dtype == torch.bfloat16 and keys <= 128 else Tile(min(16, part) if keys > 128 else part, 8, 1)
 
 
 class Made(NamedTuple):
@@ -72,6 +74,7 @@ class Problem:
         self.scale, self.device, self.dtype = scale, q.device, q.dtype
         self.kind = torch.float16 if q.dtype == torch.bfloat16 and self.keys < FEW else q.dtype  # whose numbers are multiplied
         self.type, self.precision = numbers(self.kind)
+        self.inverse = "tf32" if self.kind == torch.bfloat16 else "tf32x3"  # how what makes T is multiplied
         self.exact = torch.float64 if q.dtype == torch.float32 else torch.float32  # what kernels sum up in
         self.wide = torch.bfloat16 if self.kind == torch.bfloat16 else self.exact  # what lies between kernels
         self.acc = tl.float64 if self.exact == torch.float64 else tl.float32
@@ -121,7 +124,7 @@ class Problem:
             q, k, v, beta, g, qs, ks, w, u, t, p, self.sums, self.safes, self.between, self.chunks.table,
             *strides(q), *strides(k), *strides(v), *strides(beta), *((0, 0, g.stride(0)) if by_head else strides(g)),
             *self.groups(q, k, v), self.scale if self.edges is None else 1.0, *self.sizes,
-            **self.constants(min(64, padded_size(self.values))), INVERSE=INVERSE, num_warps=4,
+            **self.constants(min(64, padded_size(self.values))), INVERSE=self.inverse, num_warps=4,
         )  # fmt: skip
         return Made(qs, k if ks is None else ks, w, u, t, p)
 
@@ -133,7 +136,7 @@ class Problem:
 
     def sweep(self, made: Made, state: Tensor | None, keep: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """Output, last state and, if kept, the state before every chunk; `made.u` is then what every token wrote."""
-        part, warps, stages = tile(self.keys, self.values, self.kind, self.sequences * self.heads)
+        part, warps, stages = sweep_tile(self.keys, self.values, self.kind, self.sequences * self.heads)
         out, last, states = self.like(self.values, dtype=self.dtype), self.state(), self.states() if keep else None
         first, *at_first = self.start(state)
         launch(
@@ -146,7 +149,7 @@ class Problem:
 
     def sweep_back(self, made: Made, do: Tensor, dlast: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """-dU, and the gradients of the states after every chunk and of the first state."""
-        part, warps, stages = tile(self.keys, self.values, self.kind, self.sequences * self.heads)
+        part, warps, stages = sweep_tile(self.keys, self.values, self.kind, self.sequences * self.heads)
         du, dstates, dfirst = self.like(self.values), self.states(), self.state()
         last, *at_last = self.start(dlast)
         launch(
@@ -161,12 +164,13 @@ class Problem:
         """Of q, k, beta and decays; du becomes that of v."""
         dq, dk, dbeta = self.like(self.keys, dtype=self.dtype), self.like(self.keys, dtype=self.dtype), self.like(dtype=beta.dtype)
         dg = self.like(dtype=self.log_decay.dtype) if self.token else None
+        part, warps, stages = gradient_tile(self.keys, self.values, self.kind)
         launch(
             fused_delta.gradients, self.chunks.count * self.heads,
             q, k, v, made.u, made.t, do, du, beta, self.sums, states, dstates, self.like(self.chunk), self.like(self.chunk),
             dq, dk, dbeta, dg, self.chunks.table,
             *strides(q), *strides(k), *strides(v), *strides(do), *strides(beta), *self.groups(q, k, v), self.scale, *self.sizes,
-            **self.constants(min(SLICE, padded_size(self.values))), num_warps=WARPS, num_stages=STAGES,
+            VP=cdiv(self.values, part) * part, **self.constants(part), num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return dq, dk, dbeta, dg
 
@@ -192,7 +196,7 @@ class ChannelProblem(Problem):
             fused_channel.scale, count * self.heads,
             q, k, log_decay, self.qs, self.kr, self.kw, self.edges, self.safes, self.exact_sums, self.chunks.table,
             *strides(q), *strides(k), *strides(log_decay), *self.groups(q, k), self.scale, *self.sizes[:3],
-            C=self.chunk, BD=self.block, EVEN=self.keys % self.block == 0, ACC=self.acc, num_warps=4,
+            DP=self.padded, C=self.chunk, EVEN=self.even, ACC=self.acc, num_warps=4,
         )  # fmt: skip
         launch(
             fused_channel.exact_scores, count * self.heads,
@@ -205,13 +209,13 @@ class ChannelProblem(Problem):
         dq, dkr, dkw, dbeta = *(self.like(self.keys) for _ in range(3)), self.like(dtype=beta.dtype)
         dg = self.like(self.keys, dtype=self.log_decay.dtype)
         ends = self.empty(self.chunks.count, self.heads, self.keys, dtype=self.exact)
-        part, programs = min(SLICE, padded_size(self.values)), self.chunks.count * self.heads
+        (part, warps, stages), programs = gradient_tile(self.keys, self.values, self.kind), self.chunks.count * self.heads
         launch(
             fused_channel.gradients, programs,
             self.qs, self.kr, self.kw, v, made.u, made.t, do, du, beta, self.edges, self.safes, self.between, states, dstates,
             self.like(self.chunk), self.like(self.chunk), dq, dkr, dkw, dbeta, ends, self.chunks.table,
             *strides(v), *strides(do), *strides(beta), *self.groups(v), *self.sizes,
-            **self.constants(part, decay=False), num_warps=WARPS, num_stages=STAGES,
+            VP=cdiv(self.values, part) * part, **self.constants(part, decay=False), num_warps=warps, num_stages=stages,
         )  # fmt: skip
         launch(
             fused_channel.exact_gradients, programs,

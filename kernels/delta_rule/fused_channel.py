@@ -32,44 +32,34 @@ def load_gates(G, i, d, stride, left, D, EVEN: tl.constexpr, ACC: tl.constexpr):
 def scale(
     Q, K, G, QS, KR, KW, EDGES, SAFES, SUMS, TABLE,
     q_b, q_t, q_h, k_b, k_t, k_h, g_b, g_t, g_h, q_rep, k_rep, factor, LENGTH, H, D,
-    C: tl.constexpr, BD: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr,
+    DP: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """QS, the output's factor in it, KR and KW; EDGES `[chunks, H, 4, K]`: e of queries, e of keys, G_C less each (keys' first); SAFES
     `[chunks, H]`: which chunks are; of others G, in SUMS. Programs: chunks x heads."""
     row, start, left, h, chunk = chunk_of(TABLE, H)
     if left <= 0:
         return
-    i = tl.arange(0, C)
     Q += row * q_b + start * q_t + (h // q_rep) * q_h
     K += row * k_b + start * k_t + (h // k_rep) * k_h
     G += row * g_b + start * g_t + h * g_h
     own, across = ((row * LENGTH + start) * H + h) * D, H * D
-    middle = tl.minimum(C // 2, left) - 1
-    most = tl.zeros((), ACC)
-    for first in range(0, D, BD):
-        sums, _ = load_gates(G, i, first + tl.arange(0, BD), g_t, left, D, EVEN, ACC)
-        e = tl.sum(tl.where(i[:, None] == middle, sums, 0.0), 0)
-        apart = tl.where(i[:, None] < left, tl.abs(sums - e[None, :]), 0.0)
-        most = tl.maximum(most, tl.max(tl.max(apart, 1), 0))
-    safe = most <= SAFE
-    for first in range(0, D, BD):
-        d = first + tl.arange(0, BD)
-        q = load_tile(Q, i, d, q_t, left, D, EVEN, ACC)
-        k = load_tile(K, i, d, k_t, left, D, EVEN, ACC)
-        sums, total = load_gates(G, i, d, g_t, left, D, EVEN, ACC)
-        e = tl.sum(tl.where(i[:, None] == middle, sums, 0.0), 0)
-        for_q, for_k = tl.where(safe, e, 0.0), tl.where(safe, e, total)
-        read = tl.exp(sums - for_q[None, :])
-        store_tile(QS + own, q * factor * read, i, d, across, left, D, EVEN)
-        store_tile(KR + own, k * read, i, d, across, left, D, EVEN)
-        store_tile(KW + own, k * tl.exp(for_k[None, :] - sums), i, d, across, left, D, EVEN)
-        if not safe:
-            store_tile(SUMS + own, sums, i, d, across, left, D, EVEN)
-        edge = EDGES + (chunk * H + h) * 4 * D + d
-        tl.store(edge, for_q, mask=d < D)
-        tl.store(edge + D, for_k, mask=d < D)
-        tl.store(edge + 2 * D, total - for_k, mask=d < D)
-        tl.store(edge + 3 * D, total - for_q, mask=d < D)
+    i, d = tl.arange(0, C), tl.arange(0, DP)
+    sums, total = load_gates(G, i, d, g_t, left, D, EVEN, ACC)
+    e = tl.sum(tl.where(i[:, None] == tl.minimum(C // 2, left) - 1, sums, 0.0), 0)
+    safe = tl.max(tl.max(tl.where(i[:, None] < left, tl.abs(sums - e[None, :]), 0.0), 1), 0) <= SAFE
+    for_q, for_k = tl.where(safe, e, 0.0), tl.where(safe, e, total)
+    read = tl.exp(sums - for_q[None, :])
+    store_tile(QS + own, load_tile(Q, i, d, q_t, left, D, EVEN, ACC) * factor * read, i, d, across, left, D, EVEN)
+    k = load_tile(K, i, d, k_t, left, D, EVEN, ACC)
+    store_tile(KR + own, k * read, i, d, across, left, D, EVEN)
+    store_tile(KW + own, k * tl.exp(for_k[None, :] - sums), i, d, across, left, D, EVEN)
+    if not safe:
+        store_tile(SUMS + own, sums, i, d, across, left, D, EVEN)
+    edge = EDGES + (chunk * H + h) * 4 * D + d
+    tl.store(edge, for_q, mask=d < D)
+    tl.store(edge + D, for_k, mask=d < D)
+    tl.store(edge + 2 * D, total - for_k, mask=d < D)
+    tl.store(edge + 3 * D, total - for_q, mask=d < D)
     tl.store(SAFES + chunk * H + h, safe.to(tl.int32))
 
 
@@ -127,7 +117,7 @@ def exact_scores(
 def gradients(
     Q, KR, KW, V, U, T, DO, DU, BETA, EDGES, SAFES, KK, STATES, DSTATES, N, M, DQ, DKR, DKW, DBETA, ENDS, TABLE,
     v_b, v_t, v_h, do_b, do_t, do_h, b_b, b_t, b_h, v_rep, LENGTH, H, D, VALUES,
-    DP: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DQ, DKR and DKW, of scaled queries and keys, without what passes through scores where a chunk is not safe; DBETA; ENDS
@@ -147,19 +137,20 @@ def gradients(
     kw = load_tile(KW + cell, i, d, across, left, D, EVEN, TYPE)
     beta = tl.load(BETA + row * b_b + (start + i) * b_t + h * b_h, mask=i < left, other=0.0).to(ACC)
     t = load_tile(T + own * C, i, i, H * C, left, C, True, TYPE)
+    n, m, dbeta, _ = surprises(
+        kr, t, beta, tl.full((C,), 1.0, ACC), read, V, U, DO, DU, STATES, i, d, v_t, do_t, stride, left, D, VALUES, VP, BW, C, EVEN,
+        CHANNEL, TYPE, ACC, PRECISION,
+    )  # fmt: skip
     kk = tl.dot(kr, tl.trans(kw), input_precision=PRECISION, out_dtype=ACC)
     if not safe:
         kk = load_tile(KK + own * C, i, i, H * C, left, C, True, ACC)
-    n, m, dbeta, _ = surprises(
-        kr, tl.where(i[:, None] > i[None, :], kk, 0.0).to(TYPE), t, beta, tl.full((C,), 1.0, ACC), read, V, U, DO, DU, STATES, i, d,
-        v_t, do_t, stride, left, D, VALUES, BW, C, EVEN, CHANNEL, TYPE, ACC, PRECISION,
-    )  # fmt: skip
+    dbeta -= tl.sum(tl.where(i[:, None] > i[None, :], kk * m, 0.0), 1)  # dR . L U
     tl.store(DBETA + own + i * H, dbeta.to(DBETA.dtype.element_ty), mask=i < left)
     store_tile(N, tl.where((i[:, None] >= i[None, :]) & safe, n, 0.0), i, i, H * C, left, C, True)
-    store_tile(M, tl.where((i[:, None] > i[None, :]) & safe, -m, 0.0), i, i, H * C, left, C, True)
+    store_tile(M, tl.where((i[:, None] > i[None, :]) & safe, -m * beta[:, None], 0.0), i, i, H * C, left, C, True)
     tl.debug_barrier()  # N, M and DU are read by other threads than wrote them
     dq, dkr, end = tl.zeros((C, DP), ACC), tl.zeros((C, DP), ACC), tl.zeros((DP,), ACC)
-    for first in range(0, VALUES, BW):
+    for first in range(0, VP, BW):
         w = first + tl.arange(0, BW)
         dv = load_tile(DU, i, w, stride, left, VALUES, EVEN, TYPE)
         do = load_tile(DO, i, w, do_t, left, VALUES, EVEN, TYPE)
@@ -172,7 +163,7 @@ def gradients(
     store_tile(DQ + cell, tl.dot(n, kw, dq, input_precision=PRECISION, out_dtype=ACC), i, d, across, left, D, EVEN)
     store_tile(DKR + cell, tl.dot(m, kw, dkr, input_precision=PRECISION, out_dtype=ACC), i, d, across, left, D, EVEN)
     dkw = tl.zeros((C, DP), ACC)
-    for first in range(0, VALUES, BW):
+    for first in range(0, VP, BW):
         w = first + tl.arange(0, BW)
         u = load_tile(U, i, w, stride, left, VALUES, EVEN, TYPE)
         ds = (load_tile(DSTATES, d, w, VALUES, D, VALUES, EVEN, ACC) * after[:, None]).to(TYPE)

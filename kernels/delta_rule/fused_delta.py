@@ -26,7 +26,7 @@ decays, but for S where it is read, kept and left, see there.
 What kernels hand to one another lies as [B, T, H, channels], squares (T, P, N, M) as [B, T, H, C].
 
 Floor, K = V = D channels of two bytes, per token and head: forward 8 D bytes (q, k, v in, o out), backward 14 D; 6 D^2 + O(C D) FLOP
-forward, 2.5 times that backward. With chunks of D / 2 tokens these kernels move 33 D bytes forward and 43 D backward.
+forward, 2.5 times that backward. With chunks of D / 2 tokens these kernels move 33 D bytes forward and 44 D backward.
 """
 
 import triton
@@ -225,13 +225,13 @@ def sweep_back(
 
 @triton.jit
 def surprises(
-    k, solve, t, beta, seen, read, V, U, DO, DU, STATES, i, d, v_t, do_t, stride, left, D, VALUES,
-    BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
+    k, t, beta, seen, read, V, U, DO, DU, STATES, i, d, v_t, do_t, stride, left, D, VALUES,
+    VP: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dO U^T and dV U^T of a chunk, dbeta, and dR . e^G K S token by token; DU, which holds -dU, becomes dV."""
+    """dO U^T and dR U^T of a chunk, dR . (V - e^G K S) and dR . e^G K S token by token; DU, which holds -dU, becomes dV."""
     n, m, dbeta, reads = tl.zeros((C, C), ACC), tl.zeros((C, C), ACC), tl.zeros((C,), ACC), tl.zeros((C,), ACC)
-    for first in range(0, VALUES, BW):
+    for first in range(0, VP, BW):
         w = first + tl.arange(0, BW)
         v = load_tile(V, i, w, v_t, left, VALUES, EVEN, TYPE)
         u = load_tile(U, i, w, stride, left, VALUES, EVEN, TYPE)
@@ -242,34 +242,40 @@ def surprises(
             s = (s * read[:, None]).to(TYPE)
         ks = tl.dot(k, s, input_precision=PRECISION, out_dtype=ACC) * seen[:, None]
         dr = -tl.dot(tl.trans(t), du, input_precision=PRECISION, out_dtype=ACC)
-        dbeta += tl.sum(dr * (v - ks - tl.dot(solve, u, input_precision=PRECISION, out_dtype=ACC)), 1)
+        store_tile(DU, dr * beta[:, None], i, w, stride, left, VALUES, EVEN)
+        dbeta += tl.sum(dr * (v - ks), 1)
         reads += tl.sum(dr * ks, 1)
-        dv = (dr * beta[:, None]).to(TYPE)
         n = tl.dot(do, tl.trans(u), n, input_precision=PRECISION, out_dtype=ACC)
-        m = tl.dot(dv, tl.trans(u), m, input_precision=PRECISION, out_dtype=ACC)
-        store_tile(DU, dv, i, w, stride, left, VALUES, EVEN)
+        m = tl.dot(dr.to(TYPE), tl.trans(u), m, input_precision=PRECISION, out_dtype=ACC)
     return n, m, dbeta, reads
 
 
 @triton.jit
-def decayed(k, SUMS, own, i, H, left, C: tl.constexpr, DECAY: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """L; e^G, e^{G_C - G} and D, where they are not one; e^{G_C}. Cheaper made twice than kept in registers."""
-    kk = tl.where(i[:, None] > i[None, :], tl.dot(k, tl.trans(k), input_precision=PRECISION, out_dtype=ACC), 0.0)
-    seen, kept, between, whole = tl.full((C,), 1.0, ACC), tl.full((C,), 1.0, ACC), tl.full((C, C), 1.0, ACC), 1.0
-    if DECAY == TOKEN:
-        sums, total = tl.load(SUMS + own + i * H, mask=i < left, other=0.0), tl.load(SUMS + own + (tl.minimum(left, C) - 1) * H)
-        seen, kept, whole = tl.exp(sums), tl.exp(tl.minimum(total - sums, 0.0)), tl.exp(total)
-        between = tl.exp(tl.minimum(sums[:, None] - sums[None, :], 0.0))
-        kk *= between
-    return kk, seen, kept, between, whole
+def by_states(
+    U, DV, STATES, DSTATES, i, d, stride, left, D, VALUES,
+    DP: tl.constexpr, VP: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dV S^T, U dS'^T, and S . dS' channel by channel."""
+    by_s, by_ds, end = tl.zeros((C, DP), ACC), tl.zeros((C, DP), ACC), tl.zeros((DP,), ACC)
+    for first in range(0, VP, BW):
+        w = first + tl.arange(0, BW)
+        u, dv = load_tile(U, i, w, stride, left, VALUES, EVEN, TYPE), load_tile(DV, i, w, stride, left, VALUES, EVEN, TYPE)
+        s = load_tile(STATES, d, w, VALUES, D, VALUES, EVEN, TYPE)
+        ds = load_tile(DSTATES, d, w, VALUES, D, VALUES, EVEN, TYPE)
+        by_s = tl.dot(dv, tl.trans(s), by_s, input_precision=PRECISION, out_dtype=ACC)
+        by_ds = tl.dot(u, tl.trans(ds), by_ds, input_precision=PRECISION, out_dtype=ACC)
+        if DECAY == TOKEN:
+            end += tl.sum(s.to(ACC) * ds, 1)
+    return by_s, by_ds, end
 
 
 @triton.jit
 def gradients(
     Q, K, V, U, T, DO, DU, BETA, SUMS, STATES, DSTATES, N, M, DQ, DK, DBETA, DG, TABLE,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, do_b, do_t, do_h, b_b, b_t, b_h, q_rep, k_rep, v_rep, scale, LENGTH, H, D, VALUES,
-    DP: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    DP: tl.constexpr, VP: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr,
+    ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """DQ, DK, DBETA and DG without decays or with one per token; DU becomes the gradient of V; N and M are scratch, for their
     transposes. Programs: chunks x heads."""
@@ -284,38 +290,37 @@ def gradients(
     k = load_tile(K + row * k_b + start * k_t + (h // k_rep) * k_h, i, d, k_t, left, D, EVEN, TYPE)
     beta = tl.load(BETA + row * b_b + (start + i) * b_t + h * b_h, mask=i < left, other=0.0).to(ACC)
     t = load_tile(T + own * C, i, i, H * C, left, C, True, TYPE)
-    kk, seen, _, _, _ = decayed(k, SUMS, own, i, H, left, C, DECAY, ACC, PRECISION)
+    seen, kept, between, whole = tl.full((C,), 1.0, ACC), tl.full((C,), 1.0, ACC), tl.full((C, C), 1.0, ACC), 1.0
+    if DECAY == TOKEN:
+        sums, total = tl.load(SUMS + own + i * H, mask=i < left, other=0.0), tl.load(SUMS + own + (tl.minimum(left, C) - 1) * H)
+        seen, kept, whole = tl.exp(sums), tl.exp(tl.minimum(total - sums, 0.0)), tl.exp(total)
     n, m, dbeta, reads = surprises(
-        k, kk.to(TYPE), t, beta, seen, seen, V, U, DO, DU, STATES, i, d, v_t, do_t, stride, left, D, VALUES,
-        BW, C, EVEN, DECAY, TYPE, ACC, PRECISION,
-    )  # fmt: skip
-    tl.store(DBETA + own + i * H, dbeta.to(DBETA.dtype.element_ty), mask=i < left)
-    reads *= -beta  # k . (dK where it reads S)
-    kk, seen, kept, between, whole = decayed(k, SUMS, own, i, H, left, C, DECAY, ACC, PRECISION)
-    within = -tl.sum(kk * m, 1)
+        k, t, beta, seen, seen, V, U, DO, DU, STATES, i, d, v_t, do_t, stride, left, D, VALUES, VP, BW, C, EVEN, DECAY, TYPE, ACC, PRECISION
+    )
+    if DECAY == TOKEN:
+        between = tl.exp(tl.minimum(sums[:, None] - sums[None, :], 0.0))
+    kk = tl.dot(k, tl.trans(k), input_precision=PRECISION, out_dtype=ACC)
+    m = tl.where(i[:, None] > i[None, :], m * between, 0.0)
+    within = tl.sum(kk * m, 1)  # dR . L U
+    tl.store(DBETA + own + i * H, (dbeta - within).to(DBETA.dtype.element_ty), mask=i < left)
     store_tile(N, tl.where(i[:, None] >= i[None, :], n * between * scale, 0.0), i, i, H * C, left, C, True)
-    store_tile(M, tl.where(i[:, None] > i[None, :], -m * between, 0.0), i, i, H * C, left, C, True)
+    store_tile(M, -m * beta[:, None], i, i, H * C, left, C, True)
+    reads *= -beta  # k . (dK where it reads S)
+    within *= -beta  # k . (dK where it reads what was written in the chunk)
     tl.debug_barrier()  # N, M and DU are read by other threads than wrote them
-    dq, dk, end = tl.zeros((C, DP), ACC), tl.zeros((C, DP), ACC), tl.zeros((DP,), ACC)
-    for first in range(0, VALUES, BW):
+    dq = tl.zeros((C, DP), ACC)
+    for first in range(0, VP, BW):
         w = first + tl.arange(0, BW)
         do = load_tile(DO, i, w, do_t, left, VALUES, EVEN, TYPE)
         s = load_tile(STATES, d, w, VALUES, D, VALUES, EVEN, TYPE)
-        dq = tl.dot((do * (scale * seen)[:, None]).to(TYPE), tl.trans(s), dq, input_precision=PRECISION, out_dtype=ACC)
+        dq = tl.dot(do, tl.trans(s), dq, input_precision=PRECISION, out_dtype=ACC)
     n, m = load_tile(N, i, i, H * C, left, C, True, TYPE), load_tile(M, i, i, H * C, left, C, True, TYPE)
     q = load_tile(Q + row * q_b + start * q_t + (h // q_rep) * q_h, i, d, q_t, left, D, EVEN, TYPE)
-    dq = tl.dot(n, k, dq, input_precision=PRECISION, out_dtype=ACC)
+    dq = tl.dot(n, k, dq * (scale * seen)[:, None], input_precision=PRECISION, out_dtype=ACC)
     store_tile(DQ + own * D, dq, i, d, H * D, left, D, EVEN)
     each = tl.sum(q * dq, 1)
-    for first in range(0, VALUES, BW):
-        w = first + tl.arange(0, BW)
-        u, dv = load_tile(U, i, w, stride, left, VALUES, EVEN, TYPE), load_tile(DU, i, w, stride, left, VALUES, EVEN, TYPE)
-        s = load_tile(STATES, d, w, VALUES, D, VALUES, EVEN, TYPE)
-        ds = load_tile(DSTATES, d, w, VALUES, D, VALUES, EVEN, TYPE)
-        dk = tl.dot((dv * -seen[:, None]).to(TYPE), tl.trans(s), dk, input_precision=PRECISION, out_dtype=ACC)
-        dk = tl.dot((u * kept[:, None]).to(TYPE), tl.trans(ds), dk, input_precision=PRECISION, out_dtype=ACC)
-        if DECAY == TOKEN:
-            end += tl.sum(s.to(ACC) * ds, 1)
+    by_s, by_ds, end = by_states(U, DU, STATES, DSTATES, i, d, stride, left, D, VALUES, DP, VP, BW, C, EVEN, DECAY, TYPE, ACC, PRECISION)
+    dk = by_ds * kept[:, None] - by_s * seen[:, None]
     last = tl.sum(end, 0) * whole + tl.sum(tl.sum(k * dk, 1) - reads, 0)  # S' . dS'
     dk = tl.dot(tl.trans(n), q, dk, input_precision=PRECISION, out_dtype=ACC)
     dk = tl.dot(m, k, dk, input_precision=PRECISION, out_dtype=ACC)
