@@ -124,7 +124,7 @@ def inverses(
         tl.store(SAFES + place, safe.to(tl.int32))
         if not safe:
             return
-        a, b = a * tl.exp(before - e[None, :]), b * tl.exp(e[None, :] - sums)
+        a, b = (a * tl.exp(before - e[None, :])).to(TYPE), (b * tl.exp(e[None, :] - sums)).to(TYPE)
         ab = tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=ACC)
         ab = tl.where(i[:, None] > i[None, :], ab, 0.0)
     store(T, place, i, i, unit_lower_inverse(-ab, i, C, ACC, PRECISION), C, C)
@@ -159,18 +159,18 @@ def transitions(
     sums, before, total = load_sums(G + row * g_b + start * g_t + h * g_h, i, d, g_t, left, D, EVEN, ACC)
     for_q, for_k = centre(sums, total, i, C, EXACT)
     read, kept = at_states(E + place * 3 * DP + d, for_q, for_k, total, DP)
-    # what moves the state first, so that little is alive at once; rounded to bfloat16, errors of T, a and b would add up in it
+    # what moves the state first, so that little is alive at once. T is not rounded, lest its errors add up in P; a~ and b~ are as in T
     t = load(T, place, i, i, C, C, ACC)
     a = load_tile(A + row * a_b + start * a_t + h * a_h, i, d, a_t, left, D, EVEN, ACC)
     b = load_tile(B + row * b_b + start * b_t + h * b_h, i, d, b_t, left, D, EVEN, ACC)
-    exact_a, exact_b = a * tl.exp(before - for_q[None, :]), b * tl.exp(for_k[None, :] - sums)
-    as_, bs, seen = exact_a.to(TYPE), exact_b.to(TYPE), i[:, None] >= i[None, :]
-    xt = tl.dot(tl.trans(exact_b), t, input_precision=PRECISION, out_dtype=ACC)
-    p = tl.dot(xt, exact_a, input_precision=PRECISION, out_dtype=ACC)
+    as_, bs = (a * tl.exp(before - for_q[None, :])).to(TYPE), (b * tl.exp(for_k[None, :] - sums)).to(TYPE)
+    wide_a, wide_b, seen = as_.to(ACC), bs.to(ACC), i[:, None] >= i[None, :]
+    xt = tl.dot(tl.trans(wide_b), t, input_precision=PRECISION, out_dtype=ACC)
+    p = tl.dot(xt, wide_a, input_precision=PRECISION, out_dtype=ACC)
     store(P, place, d, d, p * kept[:, None] * read[None, :], DP, DP)
     if more > 0:
         store(XT, place, d, i, xt * kept[:, None], DP, C)
-        store(Z, place, i, d, tl.dot(t, exact_a, input_precision=PRECISION, out_dtype=ACC) * read[None, :], C, DP)
+        store(Z, place, i, d, tl.dot(t, wide_a, input_precision=PRECISION, out_dtype=ACC) * read[None, :], C, DP)
         store(QA, place, C + i, d, a if EXACT else as_, 2 * C, DP)
         store(KB, place, C + i, d, b if EXACT else bs, 2 * C, DP)
     xt = xt.to(TYPE)
