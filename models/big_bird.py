@@ -57,6 +57,7 @@ class BigBirdConfig(ZooConfig):
     max_position_embeddings: int | None = 4096
     head_args: dict | None = field(default_factory=lambda: {"act": "gelu_tanh"})
     classifier_args: dict | None = field(default_factory=lambda: {"act": "gelu_tanh", "norm": None})
+    answer_block: bool = True
     num_heads: int = 12
     block_size: int | None = 64  # S; None: every token sees all
     num_random_blocks: int = 3  # r
@@ -170,6 +171,7 @@ RENAMED = {
 def from_big_bird(foreign: dict) -> dict:
     """Fields of a BigBirdConfig for a config of transformers."""
     expect(foreign, is_decoder=False, add_cross_attention=False)
+    marks = (foreign.get("architectures") or [""])[0].endswith("ForQuestionAnswering")  # without a pooler
     act, full = own_activation(foreign["hidden_act"]), foreign["attention_type"] == "original_full"
     if not full:
         expect(foreign, attention_type="block_sparse")
@@ -179,7 +181,7 @@ def from_big_bird(foreign: dict) -> dict:
         "embedding_scale": foreign["hidden_size"] ** 0.5 if foreign["rescale_embeddings"] else 1.0,
         "channel_args": {"act": act},
         "head_args": {"act": act},
-        "pooler_args": {"act": "tanh", "norm": None},
+        "pooler_args": None if marks else {"act": "tanh", "norm": None},
         "classifier_args": {"act": act, "norm": None},
     }  # fmt: skip
 
@@ -203,6 +205,9 @@ def big_bird_rules(config: BigBirdConfig) -> tuple[Rule, ...]:
         *bert_attention("bert."),
         *bert_decoder(config.tie_word_embeddings, *head),
         *bert_classifiers(),
+        rename("qa_classifier.{intermediate,output}.dense.{weight,bias}", "answer_block.channel_mixer.{up,down}_proj.{weight,bias}"),
+        rename("qa_classifier.output.LayerNorm.{weight,bias}", "answer_block.channel_norm.{weight,bias}"),
+        rename("qa_classifier.qa_outputs.{weight,bias}", "answer.{weight,bias}"),
         rename("bert.pooler.{weight,bias}", "model.pooler.dense.{weight,bias}"),
         drop("cls.seq_relationship.{weight,bias}", "tells in pretraining whether two texts belong together"),
     )

@@ -21,7 +21,7 @@ from zoo.layers import wide
 from zoo.layout import Layout, drop, rename
 from zoo.mixer import Mixer, State, Traits
 from zoo.registry import register
-from zoo.terms import bert_body, bert_decoder, expect, foreign_activation, own_activation, same_fields
+from zoo.terms import bert_answers, bert_body, bert_decoder, expect, foreign_activation, own_activation, same_fields
 
 POOLER = {"act": "tanh", "norm": None}
 
@@ -111,6 +111,7 @@ LAYOUT = Layout(
         rename("fnet.pooler.dense.{weight,bias}", "model.pooler.dense.{weight,bias}"),
         *bert_decoder(True, HEAD + "transform.dense", HEAD + "transform.LayerNorm", HEAD + "decoder", HEAD + "bias"),
         rename("classifier.{weight,bias}", "score.{weight,bias}"),
+        *bert_answers(),
         drop("cls.seq_relationship.{weight,bias}", "whether one sentence follows another is asked in pretraining only"),
     ),
     forgets=("tpu_short_seq_length",),
@@ -120,6 +121,7 @@ LAYOUT = Layout(
         "bare": {"type_vocab_size": 2, "num_hidden_layers": 3, "hidden_act": "relu", "layer_norm_eps": 1e-3},
         "sequences": {"architectures": ["FNetForSequenceClassification"], "num_labels": 3},
         "tokens": {"architectures": ["FNetForTokenClassification"], "num_labels": 5},
+        "answers": {"architectures": ["FNetForQuestionAnswering"]},
     },
 )  # fmt: skip
 

@@ -4,8 +4,9 @@
     o_t = attention of q'_t over { k'_j, v'_j : all j }                                             t global
 
 q', k', v' are projections of their own (section 3.1, "Linear Projections for Global Attention"); all that a local token
-sees, global tokens included, it sees by the ordinary ones. Global are the first tokens of every sequence. W counts both
-sides, as published: a token sees W / 2 neighbours on the left, as many on the right, and itself.
+sees, global tokens included, it sees by the ordinary ones. Global are the first tokens of every sequence, and of an encoder
+also those of `global_attention_mask`, say of a question. W counts both sides, as published: a token sees W / 2 neighbours on
+the left, as many on the right, and itself.
 
 The encoder is RoBERTa's: learned positions, norms after the residual sums and after the embedding, an MLP with GELU. With
 `causal=True` a token sees W / 2 tokens before it, itself, and the first tokens, all by the ordinary projections.
@@ -28,6 +29,7 @@ from zoo.layout import Layout, Rule, drop, rename
 from zoo.mixer import Mixer, State, Traits
 from zoo.registry import register
 from zoo.terms import (
+    bert_answers,
     bert_attention,
     bert_body,
     bert_classifiers,
@@ -76,7 +78,7 @@ class LongformerMixer(Mixer):
     The encoder sees its whole sequence at once and has no state.
     """
 
-    traits = Traits(bidirectional=True)
+    traits = Traits(bidirectional=True, beside=True)
     lora_targets = ("q_proj", "k_proj", "v_proj", "out_proj")
 
     def __init__(self, config: LongformerConfig, layer: int):
@@ -117,14 +119,20 @@ class LongformerMixer(Mixer):
         idle = length - asked if asked else 3 * length
         return super().flops(length) - 2 * idle * self.q_global.weight.numel()
 
-    def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, x: Tensor, state: State | None = None, packing: Packing | None = None, marks: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """`marks`: booleans `[B, T]`, further tokens that are global."""
         q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.causal:
+            if marks is not None:
+                raise ValueError("global tokens of a causal Longformer are its first; set num_global_tokens, not global_attention_mask")
             o, state = self.attend_left(q, k, v, token_positions(x, state["length"] if state else None, packing), state, packing)
             return self.out_proj(merge_heads(o)), state
-        o, _ = ops.attention(q, k, v, causal=False, window=self.side, sinks=self.firsts, packing=packing)
-        if self.firsts:
-            o = self.answer_global(o, x, packing)
+        rule = {"causal": False, "window": self.side, "sinks": self.firsts, "global_tokens": marks}
+        o, _ = ops.attention(q, k, v, **rule, packing=packing)
+        if self.firsts or marks is not None:
+            o = self.answer_global(o, x, marks, packing)
         return self.out_proj(merge_heads(o)), {}
 
     def attend_left(
@@ -140,18 +148,25 @@ class LongformerMixer(Mixer):
         o, _ = ops.attention(q, keys, values, **rule, q_positions=positions, kv_positions=kv_positions)
         return o if packing is None else packing.unpad(o), after
 
-    def answer_global(self, o: Tensor, x: Tensor, packing: Packing | None) -> Tensor:
+    def answer_global(self, o: Tensor, x: Tensor, marks: Tensor | None, packing: Packing | None) -> Tensor:
         """o `[B, T, H, K]` with the outputs of global tokens in their places."""
         k, v = (split_heads(p(x), self.heads) for p in (self.k_global, self.v_global))
-        if packing is None:
+        if packing is None and marks is None:
             q = split_heads(self.q_global(x[:, : self.firsts]), self.heads)
             answer, _ = ops.attention(q, k, v, causal=False)
             return torch.cat([answer, o[:, self.firsts :]], dim=1)
-        chosen = packing.positions < self.firsts
-        q = split_heads(self.q_global(packing.pad(x)[:, : self.firsts]), self.heads)
-        at = packing.pad(packing.positions.unsqueeze(0), -1)  # keys behind a sequence's end are not seen
-        answer, _ = ops.attention(q, packing.pad(k), packing.pad(v), causal=False, q_positions=at[:, : self.firsts], kv_positions=at)
-        return o.masked_scatter(chosen[:, None, None], answer[packing.seq_idx[chosen], packing.positions[chosen]])
+        at = token_positions(x, None, packing)
+        chosen = at < self.firsts if marks is None else marks | (at < self.firsts)
+        rows = chosen
+        if packing is not None:  # keys behind a sequence's end are not seen
+            x, k, v, rows, at = packing.pad(x), packing.pad(k), packing.pad(v), packing.pad(chosen), packing.pad(at, -1)
+        count = self.firsts if marks is None else int(rows.sum(-1).max())
+        if not count:
+            return o
+        order = rows.int().argsort(dim=-1, descending=True, stable=True)[:, :count]  # beyond a row's own number not used
+        q = split_heads(self.q_global(x.gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[-1]))), self.heads)
+        answer, _ = ops.attention(q, k, v, causal=False, q_positions=at.gather(1, order), kv_positions=at)
+        return o.masked_scatter(chosen[..., None, None], answer[rows.gather(1, order)])
 
 
 RENAMED = {
@@ -195,6 +210,7 @@ def longformer_rules(config: LongformerConfig) -> tuple[Rule, ...]:
         rename(layer + "{query,key,value}_global.{weight,bias}", "model.layers.{}.mixer.{q,k,v}_global.{weight,bias}"),
         *bert_decoder(config.tie_word_embeddings, "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias"),
         *bert_classifiers(),
+        *bert_answers(),
         rename(body + "pooler.dense.{weight,bias}", "model.pooler.dense.{weight,bias}"),
         drop(body + "pooler.dense.{weight,bias}", "the heads of this architecture do not read the pooler"),
     )

@@ -135,6 +135,7 @@ RULES = (
     rename("head.{dense,norm}.{weight,bias}", "classifier.{dense,norm}.{weight,bias}"),
     rename("decoder.{weight,bias}", "lm_head.{weight,bias}"),
     rename("classifier.{weight,bias}", "score.{weight,bias}"),
+    rename("classifier.{weight,bias}", "answer.{weight,bias}"),
 )
 FORGETS = (
     "initializer_cutoff_factor", "deterministic_flash_attn", "sparse_prediction", "sparse_pred_ignore_index", "cls_token_id",
@@ -155,6 +156,7 @@ TRIALS = {
     "bare": SMALL | dict(architectures=None, num_hidden_layers=1),
     "sequences": SMALL | dict(architectures=["ModernBertForSequenceClassification"], classifier_pooling="mean"),
     "tokens": SMALL | dict(architectures=["ModernBertForTokenClassification"], num_labels=5),
+    "answers": SMALL | dict(architectures=["ModernBertForQuestionAnswering"], classifier_activation="silu"),
 }  # fmt: skip
 
 register(

@@ -28,7 +28,17 @@ from zoo.layers import merge_heads, split_heads, wide
 from zoo.layout import Layout, mapped
 from zoo.mixer import Mixer, State, Traits
 from zoo.registry import register
-from zoo.terms import bert_attention, bert_body, bert_classifiers, bert_decoder, expect, foreign_activation, own_activation, same_fields
+from zoo.terms import (
+    bert_answers,
+    bert_attention,
+    bert_body,
+    bert_classifiers,
+    bert_decoder,
+    expect,
+    foreign_activation,
+    own_activation,
+    same_fields,
+)
 
 STEPS = 6  # of the iteration towards the pseudo-inverse
 ALL = 64  # as many landmarks as tokens in a segment: any such number attends exactly, and the published config has this one
@@ -191,12 +201,14 @@ LAYOUT = Layout(
         ),
         *bert_decoder(True, HEAD + "transform.dense", HEAD + "transform.LayerNorm", HEAD + "decoder", HEAD + "bias"),
         *bert_classifiers(),
+        *bert_answers(),
     ),
     trials={
         "masked": {"architectures": ["NystromformerForMaskedLM"]},
         "plain": {"conv_kernel_size": 1, "hidden_act": "gelu", "layer_norm_eps": 1e-3, "type_vocab_size": 1},
         "sequences": {"architectures": ["NystromformerForSequenceClassification"], "num_labels": 3, "conv_kernel_size": 5},
         "tokens": {"architectures": ["NystromformerForTokenClassification"], "num_labels": 5, "num_attention_heads": 2},
+        "answers": {"architectures": ["NystromformerForQuestionAnswering"], "hidden_act": "relu"},
     },
 )  # fmt: skip
 

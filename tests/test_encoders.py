@@ -154,3 +154,38 @@ def test_long_and_short_big_birds_in_one_batch(lengths, drawn):
                 alone = model(ids[row : row + 1, keep])
                 close(out.last_hidden_state[row, keep], alone.last_hidden_state[0], f"{lengths[row]} tokens")
                 close(out.pooler_output[row], alone.pooler_output[0], f"{lengths[row]} tokens, pooled")
+
+
+@every_kind
+@torch.no_grad()
+def test_answers_are_marked(kind, tmp_path):
+    """The question is told apart by the caller: transformers looks for a separator, and bars its tokens in a BigBird."""
+    theirs = foreign(kind, "ForQuestionAnswering")
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, ids = zoo.from_pretrained(tmp_path / "theirs"), token_ids(3, 26)
+    mask = torch.ones_like(ids)
+    mask[1, 21:], mask[2, 9:] = 0, 0
+    ids = ids.masked_fill(mask == 0, SIZES["pad_token_id"])
+    question = (torch.arange(26) < torch.tensor([[4], [7], [0]])) | (torch.arange(26) == torch.tensor([[24], [19], [3]]))
+    given = {"longformer": {"global_attention_mask": question.long()}, "big_bird": {"token_type_ids": question.long()}}[kind]
+    barred = {"question_lengths": torch.zeros(1, 1)} if kind == "big_bird" else {}
+    result = ours(ids, attention_mask=mask, **given)
+    for row, keep in enumerate(mask == 1):
+        alone = {name: tensor[row : row + 1, keep] for name, tensor in given.items()}
+        expected = copy.deepcopy(theirs)(ids[row : row + 1, keep], **alone, **barred)
+        close(result.start_logits[row, keep], expected.start_logits[0], f"begin, row {row}")
+        close(result.end_logits[row, keep], expected.end_logits[0], f"end, row {row}")
+    ours.save_pretrained(tmp_path / "back", layout=kind)
+    again, info = type(theirs).from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    before = theirs.state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.state_dict().items())
+
+
+def test_global_tokens_are_refused_where_there_are_none():
+    with pytest.raises(ValueError, match="leave global_attention_mask out"):
+        zoo.from_config("big_bird-tiny")(token_ids(1, 5), global_attention_mask=torch.ones(1, 5))
+    with pytest.raises(ValueError, match="set num_global_tokens"):
+        zoo.from_config("longformer-tiny", causal=True)(token_ids(1, 5), global_attention_mask=torch.ones(1, 5))
+    with pytest.raises(ValueError, match=r"global_attention_mask is \[1, 4\]"):
+        zoo.from_config("longformer-tiny")(token_ids(1, 5), global_attention_mask=torch.ones(1, 4))

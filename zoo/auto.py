@@ -16,6 +16,7 @@ TASKS = {
     "masked_lm": "ForMaskedLM",
     "sequence_classification": "ForSequenceClassification",
     "token_classification": "ForTokenClassification",
+    "question_answering": "ForQuestionAnswering",
 }
 
 
@@ -35,7 +36,7 @@ def from_config(name: str | ZooConfig, *, task: str | None = None, **fields):
 
     Args:
         name: an architecture (`"gla"`), a preset (`"gla-340m"`) or a config.
-        task: causal_lm, masked_lm, sequence_classification, token_classification or base.
+        task: causal_lm, masked_lm, sequence_classification, token_classification, question_answering or base.
         fields: config fields on top, when `name` is a string.
     """
     if isinstance(name, ZooConfig):

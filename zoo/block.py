@@ -82,7 +82,7 @@ class Block(GradientCheckpointingLayer):
         return make_norm(config.norm, config.hidden_size, config.norm_eps) if config.output_norms else nn.Identity()
 
     def forward(
-        self, x: Tensor, state: State | None = None, packing: Packing | None = None, carry: Tensor | None = None
+        self, x: Tensor, state: State | None = None, packing: Packing | None = None, carry: Tensor | None = None, *beside: Tensor
     ) -> tuple[Tensor, State, Tensor | None]:
         if state is None and self.start is not None:
             kind = x.device.type
@@ -95,7 +95,7 @@ class Block(GradientCheckpointingLayer):
             if self.mixer.traits.carry:
                 y, new_state, carry = self.mixer(inner, mixer_state, packing, carry)
             else:
-                y, new_state = self.mixer(inner, mixer_state, packing)
+                y, new_state = self.mixer(inner, mixer_state, packing, *(beside if self.mixer.traits.beside else ()))
             x = self._add(x, self.mixer_output_norm(y), 0)
             x = self.mixer_norm(x) if self.post_norm else x
         if self.channel_mixer is not None:

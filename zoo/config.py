@@ -59,7 +59,8 @@ class ZooConfig(PreTrainedConfig):
     pooler_args: dict | None = None  # of one on the state of the first token (if causal of the last); None: no pooler
     classifier_args: dict | None = None  # of one before the classifier of sequences; None: it reads the pooler, or the state itself
     classifier_mean: bool = False  # this classifier reads the mean of all states instead of one
-    token_classifier_args: dict | None = None  # arguments of a `Transform` before the classifier of tokens; None: none
+    token_classifier_args: dict | None = None  # of one before the classifier of tokens, and before the head that marks answers
+    answer_block: bool = False  # this head has a channel mixer before it, with a norm behind the residual sum
     initializer_range: float = 0.02  # standard deviation of linear and embedding weights
     tie_word_embeddings: bool = False
     use_cache: bool = True

@@ -23,6 +23,7 @@ class Traits:
         constant_state: the state's size does not grow with the sequence.
         carry: `forward` takes and returns a fourth value, a tensor handed from layer to layer within one pass.
         amplifies: outputs are larger than inputs by a factor that grows with the sequence; a norm belongs behind.
+        beside: `forward` takes further tensors behind the packing, where the caller of the model gives some. Not with `carry`.
     """
 
     causal: bool = True
@@ -30,6 +31,7 @@ class Traits:
     constant_state: bool = True
     carry: bool = False
     amplifies: bool = False
+    beside: bool = False
 
 
 class Layer(nn.Module):

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithPast,
     MaskedLMOutput,
+    QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
 )
@@ -116,6 +117,7 @@ class ZooModel(ZooPreTrainedModel):
         cu_seq_lens_q: Tensor | None = None,
         seq_idx: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        global_attention_mask: Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run the layers.
@@ -128,10 +130,12 @@ class ZooModel(ZooPreTrainedModel):
             use_cache: return a cache to continue from; default `config.use_cache`, never while training.
             output_hidden_states: return the input of every block and the final states.
             token_type_ids: `[B, T]`, where the config has `token_types`; default 0.
+            global_attention_mask: `[B, T]`, where mixers can make tokens global: nonzero for those that see all and are seen by all.
 
         Raises:
             ValueError: both or neither of ids and embeddings, an empty batch, a mask of the wrong shape, more tokens than the
-                position table holds, packed documents together with a cache, token types that the model has no table for.
+                position table holds, packed documents together with a cache, token types that the model has no table for,
+                global tokens that no mixer knows.
         """
         _refuse_unknown(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -149,7 +153,7 @@ class ZooModel(ZooPreTrainedModel):
         documents = entry.packing is not None and entry.keep is None
         if cache is None and use_cache and not documents:
             cache = ZooCache(len(self.layers))
-        x = self._position(entry.enter(x), entry, cache)
+        x, beside = self._position(entry.enter(x), entry, cache), self._beside(global_attention_mask, entry, batch, length)
 
         hidden, carry = [], None
         with nullcontext() if cache is None or torch.compiler.is_compiling() else states_in_place():
@@ -157,7 +161,7 @@ class ZooModel(ZooPreTrainedModel):
                 if output_hidden_states or (output_hidden_states is None and self.config.output_hidden_states):
                     hidden.append(entry.leave(x))
                 state = None if cache is None else room(cache.layers[index].state, block, cache, batch, x.dtype, x.device)
-                x, state, carry = block(x, state, entry.packing, carry)
+                x, state, carry = block(x, state, entry.packing, carry, *beside)
                 if cache is not None:
                     cache.layers[index].store(state, length)
         x = self.norm(x)
@@ -189,6 +193,18 @@ class ZooModel(ZooPreTrainedModel):
         if token_type_ids.shape != x.shape[:2]:
             raise ValueError(f"token_type_ids is {list(token_type_ids.shape)}, expected {list(x.shape[:2])}: one for each token")
         return x + self.embed_types(token_type_ids)
+
+    def _beside(self, global_attention_mask: Tensor | None, entry: Entry, batch: int, length: int) -> tuple[Tensor, ...]:
+        """What goes to those mixers that take something beside the tokens."""
+        if global_attention_mask is None:
+            return ()
+        if not any(block.mixer is not None and block.mixer.traits.beside for block in self.layers):
+            raise ValueError("no mixer of this model makes tokens global; leave global_attention_mask out")
+        if global_attention_mask.shape != (batch, length):
+            raise ValueError(
+                f"global_attention_mask is {list(global_attention_mask.shape)}, expected {[batch, length]}: one for each token"
+            )
+        return (entry.enter(global_attention_mask != 0),)
 
     def _position(self, x: Tensor, entry: Entry, cache: ZooCache | None) -> Tensor:
         """Add learned positions, normalise and project the embeddings, where the config asks for it."""
@@ -418,12 +434,50 @@ class ZooForTokenClassification(ZooPreTrainedModel):
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
 
 
+class ZooForQuestionAnswering(ZooPreTrainedModel):
+    """Token ids `[B, T]` -> how likely an answer begins, and ends, at each token: two logits `[B, T]`.
+
+    With `config.token_classifier_args` a `Transform` stands before the head, with `config.answer_block` a channel mixer.
+    """
+
+    def __init__(self, config: ZooConfig):
+        super().__init__(config)
+        self.model = self._base(config)
+        own = config.token_classifier_args is not None
+        self.classifier = Transform(config, **config.token_classifier_args) if own else nn.Identity()
+        self.answer_block = None
+        if config.answer_block:
+            behind = {"post_norm": True, "output_norms": False, "parallel_residual": False}
+            self.answer_block = Block(ZooConfig(**config.shared_fields() | behind), config.num_hidden_layers)
+        self.answer = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None, **kwargs,
+    ) -> QuestionAnsweringModelOutput:  # fmt: skip
+        """Logits, and with the tokens `[B]` at which answers begin and end the mean cross-entropy of both; T or more: ignored.
+
+        Raises:
+            ValueError: one of the two without the other.
+        """
+        if (start_positions is None) != (end_positions is None):
+            raise ValueError("start_positions and end_positions belong together; pass both or neither")
+        out = self.model(input_ids, attention_mask, use_cache=False, return_dict=True, **_without(kwargs))
+        states = out.last_hidden_state if self.answer_block is None else self.answer_block(out.last_hidden_state)[0]
+        begin, end = self.answer(self.classifier(states)).unbind(-1)
+        loss = None if start_positions is None else self.loss_function(begin, end, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(loss=loss, start_logits=begin, end_logits=end, hidden_states=out.hidden_states)
+
+
 SHELLS = {
     "Model": ZooModel,
     "ForCausalLM": ZooForCausalLM,
     "ForMaskedLM": ZooForMaskedLM,
     "ForSequenceClassification": ZooForSequenceClassification,
     "ForTokenClassification": ZooForTokenClassification,
+    "ForQuestionAnswering": ZooForQuestionAnswering,
 }
 
 

@@ -77,6 +77,11 @@ def bert_classifiers() -> tuple[Rule, ...]:
     )
 
 
+def bert_answers() -> tuple[Rule, ...]:
+    """Rules for a head that marks answers."""
+    return (rename("qa_outputs.{weight,bias}", "answer.{weight,bias}"),)
+
+
 def same_fields(source: dict | ZooConfig, *, but: tuple[str, ...] = ()) -> dict:
     """The fields both sides call alike, of a foreign config or of ours, `but` for those that these do not share."""
     names = [name for name in SAME if name not in but]

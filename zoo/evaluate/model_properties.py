@@ -241,6 +241,26 @@ def classifies(subject: Subject) -> None:
 
 
 @of_models
+def marks_answers(subject: Subject) -> None:
+    """Where answers begin and end; a padded row's are marked as they are alone, and positions behind the end are ignored."""
+    rows = [subject.tokens(1, length, seed=length) for length in (40, 56)]
+    ids, mask = left_padded(rows, "right")
+    model, exact = (subject.model("question_answering", dtype=dtype) for dtype in (torch.float32, torch.float64))
+    out = model(ids, attention_mask=mask, start_positions=torch.tensor([2, 56]), end_positions=torch.tensor([5, 90]))
+    out.loss.backward()
+    idle = [name for name, p in model.named_parameters() if name.startswith("answer") and (p.grad is None or not p.grad.any())]
+    assert not idle, f"without a gradient: {idle}"
+    first = [-logits[0].log_softmax(-1)[at] for logits, at in ((out.start_logits, 2), (out.end_logits, 5))]
+    assert_close(out.loss.detach(), sum(first).detach() / 2, sum(first).detach().double() / 2, "loss")
+    with torch.no_grad():
+        for i, row in enumerate(rows):
+            for name in ("start_logits", "end_logits"):
+                plain, wide = twice(lambda row=row, name=name: getattr(model(row), name)[0]), getattr(exact(row), name)[0]
+                assert_close(getattr(out, name)[i][mask[i] == 1].detach(), plain, wide, f"{name}, row {i}")
+    refused(lambda: model(ids, start_positions=torch.tensor([2, 3])), "end_positions")
+
+
+@of_models
 def runs_in_half_precision(subject: Subject) -> None:
     model = subject.model(dtype=torch.bfloat16, push=False)
     out = model(subject.tokens(2, LENGTH))

@@ -132,8 +132,10 @@ def forgotten(layout: Layout, name: str) -> bool:
 
 
 def answer(model: nn.Module, **given) -> Tensor:
-    """Logits, or of a model without a head its last hidden states."""
+    """Logits (of a head that marks answers both), or of a model without a head its last hidden states."""
     out = model(**given, **({"use_cache": False} if model.can_generate() else {}))
+    if "start_logits" in out:
+        return torch.stack([out.start_logits, out.end_logits], dim=-1)
     return out.logits if "logits" in out else out.last_hidden_state
 
 
