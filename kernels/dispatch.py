@@ -158,7 +158,8 @@ class Op:
         backend = self.resolve(backend, tensors, packing)
         if (self.opaque or backend == "fused") and torch.compiler.is_compiling() and backend != "reference":
             cu_seqlens = None if packing is None else packing.cu_seqlens
-            return self.custom_op(*(tensors[n] for n in self.names), cu_seqlens, *options.values(), backend)
+            out, state = self.custom_op(*(tensors[n] for n in self.names), cu_seqlens, *options.values(), backend)
+            return out, None if state.ndim == 1 else state  # as `_present` makes an absent one
         if _in_place and backend == "fused" and self.steps(tensors, packing):
             return self._step(tensors, options, tensors["state"])
         return self.execute(tensors, options, packing, backend)

@@ -209,13 +209,24 @@ def test_norms_without_some_of_their_parts(case, absent):
 def test_hostile_decays(op, draw, log_decay):
     """From keeping all to forgetting all, alone and beside gentle decays."""
     given = inputs(draw, 1, CHUNK + 3)
-    decays = {n: v.clone() for n, v in differentiable(given).items() if n.endswith("log_decay")}
+    decays = {n: v.clone() for n, v in differentiable(given).items() if n.endswith(("log_decay", "log_forget"))}
     if not decays:
         return
     for decay in decays.values():
         decay[..., ::2] = log_decay
     for dtype in (torch.float32, torch.bfloat16):
         compare(op, given | decays, dtype)
+
+
+@pytest.mark.parametrize("filled", [0, 1 << 30], ids=["whole", "in pieces"])
+def test_listed_blocks_that_are_tiles(filled, monkeypatch):
+    """Blocks as long as a tile; lists turned around, of which one holds every block of queries, each whole or in pieces."""
+    monkeypatch.setattr(importlib.import_module("zoo.kernels.attention.fused_blocks"), "FILLED", filled)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 70, heads, 16, generator=generator, dtype=torch.float64) for heads in (2, 1, 1))
+    chosen = torch.randint(-1, 3, (1, 2, 3, 2), generator=generator)
+    chosen[..., 0] = 0
+    compare(OPS["block_attention"], {"q": q, "k": k, "v": v, "chosen": chosen, "size": 32, "causal": True}, torch.float32)
 
 
 @every_case

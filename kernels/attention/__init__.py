@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from zoo.kernels.attention import (
-    blocks,  # noqa: F401  (registers block_attention)
+    blocks,
     chunked,
     reference,
 )
@@ -76,7 +76,8 @@ def attention(
         BackendError: the backend asked for cannot run here.
 
     Cost: `2 H (K + V)` FLOP a visible pair. With a window `chunked` takes time and memory in proportion to T W when
-    positions are the default ones; with global tokens it must count them, which waits for the device.
+    positions are the default ones; with global tokens it must count them, which waits for the device. `fused` leaves out tiles
+    of pairs that the rule hides or forget gates have emptied, takes memory for q, k, v and out only, and never waits.
 
     Source: windows, dilation and global tokens: Longformer arXiv:2004.05150, section 3.1; sinks arXiv:2309.17453; slopes
     arXiv:2108.12409, of both signs arXiv:2502.18845; forget gates arXiv:2503.02130; softcap: Gemma 2 arXiv:2408.00118;
@@ -155,6 +156,13 @@ def _meta(tensors: dict, options: dict, sequences: int) -> tuple[Tensor, Tensor 
     return v.new_empty(*q.shape[:3], v.shape[3]), lse
 
 
+def _obstacle(tensors: dict) -> str | None:
+    """What the fused kernels do not do."""
+    if tensors["by_distance"] is not None:
+        return "it has no kernel for queries that weigh distances"
+    return blocks.obstacle(tensors)
+
+
 def _case(groups: int = 2, values: int = 6, marked: bool = False, slopes: bool = False, forget: bool = False, reach: int = 0, **options):
     def draw(generator: torch.Generator, batch: int, length: int, dtype: torch.dtype) -> dict:
         def normal(*shape):
@@ -199,6 +207,8 @@ OP = Op(
     along_time=("q", "k", "v", "q_positions", "kv_positions", "global_tokens", "log_forget", "by_distance"),
     meta=_meta,
     pad_values={"kv_positions": -1},
+    fused="zoo.kernels.attention.fused",
+    obstacle=_obstacle,
     opaque=False,
     cases={
         "causal": _case(),

@@ -13,6 +13,7 @@ from zoo.kernels.checks import Shapes, accumulator, float_dtype
 from zoo.kernels.dispatch import Backend, Op
 
 NAME = "block_attention"
+WIDEST = 256  # channels of a head that the fused kernels take
 GATHERED = 1 << 24  # numbers of keys laid beside queries at once
 PAIRS = 1 << 24  # of queries and keys at once, over batch and heads, where all pairs are looked at
 REUSE = 16  # a key that many queries share costs each this much less than one copied for it alone
@@ -199,6 +200,14 @@ def _meta(tensors: dict, options: dict, sequences: int) -> tuple[Tensor, None]:
     return v.new_empty(*q.shape[:3], v.shape[3]), None
 
 
+def obstacle(tensors: dict) -> str | None:
+    """What the fused kernels do not do."""
+    if tensors["q"].shape[1] == 1 < tensors["k"].shape[1]:
+        return "one query of many keys would leave most of a GPU idle"
+    widest = max(tensors["q"].shape[3], tensors["v"].shape[3])
+    return f"K or V is {widest}, and its kernels take up to {WIDEST}" if widest > WIDEST else None
+
+
 def _case(*, groups: int, lists: int = 1, padded: bool = False, **options):
     def draw(generator: torch.Generator, batch: int, length: int, dtype: torch.dtype) -> dict:
         def normal(*shape):
@@ -224,6 +233,8 @@ OP = Op(
     options={"size": "int", "query_size": "int", "causal": "bool", "scale": "float"},
     along_time=("q", "k", "v", "q_positions", "present"),
     meta=_meta,
+    fused="zoo.kernels.attention.fused_blocks",
+    obstacle=obstacle,
     opaque=False,
     cases={
         "shared": _case(groups=2),
