@@ -220,7 +220,11 @@ def plan_stage(teacher: nn.Module, student: nn.Module, stage: Stage, fresh: set[
         "activations": 4 * row_tokens // stage.accumulate * (max(inside, default=0) if by_layer else sum(inside)),
         "logits": 0 if stage.layerwise else 4 * 4 * max(64 * student.config.vocab_size, LOGITS),
     }
-    streamed = streamed_memory(teacher, student, stage, fresh) | {"activations": memory["activations"]} if by_layer else None
+    streamed = None
+    if by_layer:
+        streamed = streamed_memory(teacher, student, stage, fresh) | {"activations": memory["activations"]}
+        # held behind the layers, to measure perplexity: what it needs beyond them
+        streamed["head"] = max(0, WEIGHT * teacher.lm_head.weight.numel() - sum(streamed.values()))
     flops = float(stage.steps * stage.batch * per_row)
     return StagePlan(stage.name, stage.steps * row_tokens, stage.steps, count, flops, memory, streamed)
 

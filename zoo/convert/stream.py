@@ -116,7 +116,10 @@ class Shelf:
         for index in range(self.model.config.num_hidden_layers):
             block = self.block(index, device)
             at = [block(x, None, None, carry)[::2] for x, carry in at]
-        shell, vocabulary = self._shell().to(device), self.model.config.vocab_size
+        del embed  # before what stands behind the layers is read
+        shell, vocabulary = self._shell(), self.model.config.vocab_size
+        shell.model.norm.to(device)
+        shell.lm_head.to(device)
         losses = [
             chunked_cross_entropy(shell.model.norm(x), row.long().to(device), shell._logits, vocabulary)
             for (x, _), row in zip(at, rows.split(1), strict=True)
