@@ -17,7 +17,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor
 
 from zoo import ops
-from zoo.attending import RotaryAttention
+from zoo.attending import RotaryAttention, united
 from zoo.config import ZooConfig
 from zoo.kernels.attention import cache, flops
 from zoo.kernels.packing import Packing
@@ -71,10 +71,7 @@ class LongNetMixer(RotaryAttention):
             q, k, v, positions = packing.pad(q), packing.pad(k), packing.pad(v), packing.pad(positions, -1)
         keys, values = (k, v) if state is None else (after["k"], after["v"])
         parts = [self.dilated(q, keys, values, positions, size, step, state is None) for size, step in self.patterns]
-        outs, sums = (torch.stack(part) for part in zip(*parts, strict=True))
-        top = sums.detach().amax(0)
-        weights = (sums - top.masked_fill(top.isinf(), 0)).exp().unsqueeze(-1)  # where padding sees nothing, all of them are 0
-        o = ((weights * outs).sum(0) / weights.sum(0).clamp(min=torch.finfo(weights.dtype).tiny)).to(v.dtype)
+        o = united(parts).to(v.dtype)  # as if they shared no key: one of several patterns counts once for each
         return o if packing is None else packing.unpad(o), after
 
     def dilated(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, size: int, step: int, anew: bool) -> tuple[Tensor, Tensor]:

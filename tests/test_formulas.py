@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 
 from zoo.evaluate.closeness import assert_close
 from zoo.evaluate.subject import Subject
+from zoo.kernels.packing import Packing
 
 LENGTH = 70
 
@@ -115,3 +116,39 @@ def test_mixer_follows_its_paper(formula, causal):
     x = subject.inputs(1, LENGTH, torch.float64)
     plain, exact = (formula(subject.mixer(dtype, causal=causal), x[0].to(dtype)) for dtype in (torch.float32, torch.float64))
     assert_close(subject.mixer(causal=causal)(x.float())[0][0], plain, exact, formula.__name__)
+
+
+@pytest.mark.parametrize("joined", ["layers", "heads", "merged"])
+@pytest.mark.parametrize("pattern", ["strided", "fixed"])
+@torch.no_grad()
+def test_sparse_transformers_follow_their_paper(pattern, joined):
+    """Section 4.3, with every pair written down; whole, step by step and packed, and the cost is that of the pairs."""
+    stride, last = 5, 2
+    t, j = torch.arange(LENGTH).unsqueeze(1), torch.arange(LENGTH)
+    if pattern == "strided":
+        near, far = j >= t - stride, (t - j) % stride == 0
+    else:
+        near, far = j // stride == t // stride, (j % stride >= stride - last).expand(LENGTH, -1)
+    for layer in range(2):
+        seen = {"layers": [(near, far)[layer]] * 4, "heads": [near, near, far, far], "merged": [near | far] * 4}[joined]
+        seen = torch.stack(seen) & (j <= t)
+        fields = {"pattern": pattern, "joined": joined, "stride": stride, "num_summaries": last, "causal": True}
+        models = [Subject("sparse_transformer").model("base", dtype=dtype, **fields) for dtype in (torch.float64, torch.float32)]
+        exact, mixer = (model.layers[layer].mixer for model in models)
+        x = Subject("sparse_transformer").inputs(1, LENGTH, torch.float64)
+
+        def formula(mixer, x, seen=seen):
+            q, k, v = (heads_of(p(x[0]), 4) for p in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+            logits = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(~seen, -math.inf)
+            return mixer.out_proj((logits.softmax(-1).nan_to_num(0) @ v).transpose(0, 1).flatten(1))
+
+        wide, plain = formula(exact, x), formula(mixer, x.float())
+        whole, state = mixer(x.float()[:, :-3])
+        parts = [whole]
+        for token in x.float()[:, -3:].split(1, dim=1):
+            y, state = mixer(token, state)
+            parts.append(y)
+        assert_close(torch.cat(parts, dim=1)[0], plain, wide, "step by step")
+        packed, _ = mixer(torch.cat([x[:, :9], x], dim=1).float(), packing=Packing.from_lengths([9, LENGTH]))
+        assert_close(packed[0, 9:], plain, wide, "packed")
+        assert mixer.operator_flops(LENGTH) == 4 * exact.keys * int(seen.sum())

@@ -1,5 +1,6 @@
 """What mixers with softmax attention share: the cache of keys and values, and who sees whom."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -119,3 +120,14 @@ class RotaryAttention(AttentionMixer):
             table = tuple(t.to(q.dtype) for t in rotary_table(positions, *self.rope))
             q, k = rotate(q, table), rotate(k, table)
         return q, k, split_heads(v, self.groups)
+
+
+def united(parts: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Attention to the union of sets of keys that share none, from outputs `[B, T, H, V]` and log-sum-exps `[B, T, H]` over each.
+
+    What sees nothing in any has 0.
+    """
+    outs, sums = (torch.stack(part) for part in zip(*parts, strict=True))
+    top = sums.detach().amax(0)
+    weights = (sums - top.masked_fill(top.isinf(), 0)).exp().unsqueeze(-1)  # where nothing is seen all of them are 0
+    return (weights * outs).sum(0) / weights.sum(0).clamp(min=torch.finfo(weights.dtype).tiny)
