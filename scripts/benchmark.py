@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from zoo.evaluate.bench import decoding, report, throughput
 from zoo.evaluate.bench.backends import compare
-from zoo.evaluate.bench.case import chosen, lift_guard
+from zoo.evaluate.bench.case import ANYWHERE, chosen, lift_guard
 from zoo.evaluate.bench.measure import Clock, contenders, measure
 from zoo.evaluate.bench.warm import warm
 from zoo.evaluate.loading import measure as measure_loading
@@ -59,8 +59,8 @@ def gpu(args: argparse.Namespace) -> None:
     sizes = dict(args.sizes)
     cases, cuda = chosen(args.cases, sizes), torch.device(args.device).type == "cuda"
     backends = args.backends or (["fused", "chunked"] if cuda else ["chunked"])
-    peers = [] if args.peers == ["none"] else args.peers if args.peers or cuda else ["torch."]
-    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache):  # empty: first calls compile
+    peers = [] if args.peers == ["none"] else args.peers if args.peers or cuda else ANYWHERE
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, alone(cache)):
         if args.unguarded:
             lift_guard()
         firsts = {}
@@ -152,6 +152,11 @@ def loading(args: argparse.Namespace) -> None:
         tqdm.write(f"{kind:<8} {dtype:<8} {result.shards} shards   {sizes}   {'within' if result.peak < result.bound else 'TOO MUCH'}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "safetensors": safetensors.__version__}
     save(args, {"command": command(), "host": versions, "rows": rows})
+
+
+def alone(cache: str) -> dict[str, str]:
+    """The environment of a fair race: caches empty, so that first calls compile, and fla's rows of its own kernels, not of FlashQLA's."""
+    return {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache, "FLA_FLASH_QLA": "0"}
 
 
 def size_of(text: str) -> tuple[str, int]:

@@ -1,6 +1,7 @@
 """Benchmarks: every case runs, what is wrong has no time, and tables say what was measured."""
 
 import dataclasses
+import importlib
 import json
 import math
 
@@ -12,17 +13,24 @@ import zoo
 from zoo.__main__ import main
 from zoo.evaluate.bench import decoding, report, throughput
 from zoo.evaluate.bench import measure as measuring
-from zoo.evaluate.bench.case import Case, Peer, all_cases, chosen
+from zoo.evaluate.bench.case import ANYWHERE, SMALL, Case, Peer, all_cases, chosen
+from zoo.evaluate.bench.families import attention
 from zoo.evaluate.bench.measure import Clock, Row, contenders, measure
 
 TINY = {"B": 1, "T": 32, "H": 2, "G": 1, "D": 8, "N": 3, "K": 8, "V": 8}
 CLOCK = Clock("cpu", seconds=0.0, rate=1e9)
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, id=case.label) for case in chosen([], TINY)])
+def tiny_cases() -> list[Case]:
+    """Every case of few heads and channels, and as long as its check needs to be; those that become alike count once."""
+    resized = [case.resized(TINY | (case.small if case.small != SMALL else {})) for case in all_cases()]
+    return list({case.label: case for case in resized}.values())
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.label) for case in tiny_cases()])
 def test_every_case_is_measured(case, monkeypatch):
     monkeypatch.setattr(measuring, "CALLS", 1)
-    for row in measure(case, contenders(case, ["chunked"], ["torch."]), CLOCK, torch.bfloat16):
+    for row in measure(case, contenders(case, ["chunked"], ANYWHERE), CLOCK, torch.bfloat16):
         assert (row.note, row.wrong) == ("", "")
         assert min(row.forward, row.both, row.first, row.forward_floor) > 0 and row.both_floor > 2 * row.forward_floor
         assert 0 < row.forward_error < 0.01 and 0 < row.gradient_error < 0.02
@@ -32,6 +40,22 @@ def test_every_case_is_measured(case, monkeypatch):
 def test_every_case_has_a_label_of_its_own():
     labels = [case.label for case in all_cases()]
     assert len(set(labels)) == len(labels)
+
+
+def test_flexattentions_blocks_are_those_that_it_finds_itself():
+    flex = importlib.import_module("torch.nn.attention.flex_attention")
+    for length in (32, 640, 1000):
+        ours = attention.window_blocks(length, torch.device("cpu"))
+        found = flex.create_block_mask(attention.near, None, None, length, length, device="cpu")
+        for kind in ("kv", "full_kv", "q", "full_q"):
+            for name in (f"{kind}_num_blocks", f"{kind}_indices"):
+                assert torch.equal(getattr(ours, name), getattr(found, name)), (length, name)
+
+
+def test_transformers_windows_are_filled_up():
+    (case,) = chosen(["on either side"], TINY | {"T": 600, "M": 5})
+    for row in measure(case, contenders(case, ["chunked"], ["transformers."]), CLOCK, torch.float32):
+        assert (row.note, row.wrong) == ("", "") and row.both
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):
@@ -92,6 +116,14 @@ def test_what_is_wrong_has_no_time():
     (line,) = (line for line in text.splitlines() if line.startswith("| torch.larger"))
     assert [cell.strip() for cell in line.split("|")[2:6]] == ["", "", "", ""]
     assert "- torch.larger: WRONG, output: off by" in text and "x / " in text
+
+
+def test_a_gradient_that_is_missing_is_wrong():
+    case, _, clock, dtype = raced([])
+    deaf = Peer("torch.deaf", lambda: lambda q, k, v: case.call("chunked", q=q.detach(), k=k, v=v), lambda **inputs: tuple(inputs.values()))
+    case = dataclasses.replace(case, peers=(deaf,))
+    _, row = measure(case, contenders(case, ["chunked"]), clock, dtype)
+    assert row.wrong.startswith("gradients: ") and row.forward and row.both is None
 
 
 def test_what_is_not_finite_at_full_size_has_no_time():

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from zoo.evaluate.bench import families
 from zoo.ops import OPS
 
+ANYWHERE = ("torch.", "transformers.")  # words in the names of peers that need no GPU
 SMALL = {"B": 2, "T": 256}  # sizes at which results are checked; the others, by which kernels are chosen, are those of the case
 
 
@@ -48,16 +49,18 @@ class Peer:
         arrange: inputs by name -> its arguments. It is differentiable and not timed: layouts are each one's own affair.
         definition: inputs by name -> what it computes, where that is something else than the operator does: then it is an anchor,
             timed beside the others but not raced against.
+        cuda: whether it needs a GPU although its package does not.
     """
 
     name: str
     load: Callable[[], Callable[..., Tensor]]
     arrange: Callable[..., tuple]
     definition: Callable[..., Tensor] | None = None
+    cuda: bool = False
 
     @property
     def installed(self) -> bool:
-        return importlib.util.find_spec(self.name.split(".")[0]) is not None
+        return importlib.util.find_spec(self.name.split(".")[0]) is not None and (torch.cuda.is_available() or not self.cuda)
 
 
 @dataclass(frozen=True)
@@ -144,17 +147,23 @@ def heads_last(x: Tensor) -> Tensor:
     return x.transpose(1, 2)
 
 
-def causal_softmax(q: Tensor, k: Tensor, v: Tensor, **others: Tensor) -> Tensor:
-    """Softmax attention over what came before, `[B, T, H, .]`, by its definition."""
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, **others: Tensor) -> Tensor:
+    """Softmax attention over everything, or over what came before, `[B, T, H, .]`, by its definition."""
     scores = torch.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
-    hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    return torch.einsum("bhts,bshv->bthv", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return torch.einsum("bhts,bshv->bthv", scores.softmax(-1), v)
 
 
-SDPA = replace(
-    peer("torch.nn.functional.scaled_dot_product_attention", lambda q, k, v, **others: heads_first(q, k, v), heads_last, is_causal=True),
-    definition=causal_softmax,
-)  # beside other operators it shows what full attention costs
+def sdpa(causal: bool) -> Peer:
+    """torch's attention to all pairs: beside other operators it shows what those cost."""
+    name = "torch.nn.functional.scaled_dot_product_attention"
+    whole = peer(name, lambda q, k, v, **others: heads_first(q, k, v), heads_last, is_causal=causal)
+    return replace(whole, definition=partial(softmax_attention, causal=causal))
+
+
+SDPA = sdpa(causal=True)
 
 
 def all_cases() -> list[Case]:

@@ -62,7 +62,7 @@ class Contender(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """The definition of a case at its small sizes, in float64 and in the tested dtype: outputs and gradients."""
+    """The definition of a case at its small sizes, in float64 and in the tested dtype: outputs, and gradients of what they depend on."""
 
     inputs: dict[str, Tensor]
     cotangent: Tensor
@@ -105,7 +105,7 @@ def measure(case: Case, who: list[Contender], clock: "Clock", dtype: torch.dtype
             started = Problem(case, contender, run, clock, dtype)
             row.first = started.first
             key = contender.name if contender.anchor else ""  # an anchor has a definition of its own
-            truths[key] = truths.get(key) or truth(case, contender.definition, clock.device, dtype)
+            truths[key] = truths.get(key) or truth(case, contender, clock.device, dtype)
             check(row, run, contender.arrange, truths[key])
             row.wrong = row.wrong or started.wrong
             started.time(row, wrong_too=keep_wrong and not contender.ours)
@@ -124,32 +124,36 @@ def failure(error: Exception) -> str:
     return f"{type(error).__name__}: {text[:200]}"
 
 
-def truth(case: Case, definition: Callable[..., Tensor], device: str, dtype: torch.dtype) -> Truth:
-    """What is right at the case's small sizes."""
+def truth(case: Case, contender: Contender, device: str, dtype: torch.dtype) -> Truth:
+    """What is right at the case's small sizes. An anchor need not depend on all inputs."""
     inputs = case.inputs(device, dtype, small=True)
-    wide = {name: x.detach().double().requires_grad_(x.requires_grad) for name, x in inputs.items()}
-    out = definition(**wide)
-    cotangent = torch.randn(out.shape, generator=torch.Generator(device).manual_seed(1), device=device).to(dtype)
-    exact = out.detach(), gradients(out, wide, cotangent)
-    out = definition(**inputs)
-    return Truth(inputs, cotangent, exact, (out.detach(), gradients(out, inputs, cotangent)))
+    out = contender.definition(**inputs)
+    cotangent = torch.randn(out.shape, generator=torch.Generator(device).manual_seed(1), device=device).to(out.dtype)
+    plain = out.detach(), gradients(out, inputs, cotangent, contender.anchor)
+    wide = {
+        name: (x.detach().double() if x.is_floating_point() else x).requires_grad_(x.requires_grad) for name, x in inputs.items()
+    }  # lists and marks stay what they are
+    out = contender.definition(**wide)
+    return Truth(inputs, cotangent, (out.detach(), gradients(out, wide, cotangent, contender.anchor)), plain)
 
 
-def gradients(out: Tensor, inputs: dict[str, Tensor], cotangent: Tensor) -> dict[str, Tensor]:
+def gradients(out: Tensor, inputs: dict[str, Tensor], cotangent: Tensor, partial: bool = False) -> dict[str, Tensor]:
+    """Of all inputs that learn; if `partial`, of those among them that the output depends on."""
     leaves = {name: x for name, x in inputs.items() if x.requires_grad}
-    return dict(zip(leaves, torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype)), strict=True))
+    found = torch.autograd.grad(out, list(leaves.values()), cotangent.to(out.dtype), allow_unused=partial)
+    return {name: x for name, x in zip(leaves, found, strict=True) if x is not None}
 
 
 def check(row: Row, run: Callable[..., Tensor], arrange: Callable[..., tuple], right: Truth) -> None:
     """Write errors into the row, and under `wrong` what the rule of closeness does not allow."""
     out = run(*arrange(**right.inputs))
-    dtype = right.cotangent.dtype  # also of gradients in float32, which are sums of products in this one
+    dtype = right.cotangent.dtype  # the output's; also of gradients in float32, which are sums of products in this one
     row.forward_error = relative(out, right.exact[0])
     row.wrong = complaint(out.detach(), right.plain[0], right.exact[0], "output", dtype=dtype)
     if row.wrong:
         return
     try:
-        found = gradients(out, right.inputs, right.cotangent)
+        found = gradients(out, {name: right.inputs[name] for name in right.exact[1]}, right.cotangent)
     except Exception as error:  # a peer that reads but does not learn is still timed reading
         row.wrong = f"gradients: {failure(error)}"
         return

@@ -11,7 +11,7 @@ import torch
 
 from zoo.evaluate.bench.measure import Row
 
-PACKAGES = ("torch", "triton", "transformers", "fla-core", "flash-linear-attention", "mamba-ssm", "mlstm-kernels")
+PACKAGES = ("torch", "triton", "transformers", "fla-core", "flash-linear-attention", "mamba-ssm", "mlstm-kernels", "flash-qla", "tilelang")
 HEADER = (
     "contender", "forward, ms", "and backward, ms", "against the best peer", "of the floor", "first call, s", "extra, MiB",
     "error", "of gradients",

@@ -34,7 +34,7 @@ def warm(
     def first(case: Case, name: str) -> tuple[str, str, float | None, str]:
         what = {"case": case.label, "sizes": sizes, "contender": name, "device": device, "dtype": kind, "unguarded": unguarded}
         with tempfile.TemporaryDirectory() as cache:
-            environment = os.environ | TUNING | {"TRITON_CACHE_DIR": cache}
+            environment = os.environ | TUNING | {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
             line = [sys.executable, "-m", __name__, json.dumps(what)]
             ran = subprocess.run(line, env=environment, capture_output=True, text=True)
             shutil.copytree(cache, os.environ["TRITON_CACHE_DIR"], dirs_exist_ok=True)

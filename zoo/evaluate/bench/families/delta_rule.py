@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from zoo.evaluate.bench.case import Case, Draw, fla
+from zoo.evaluate.bench.case import Case, Draw, fla, peer
 from zoo.ops import OPS
 
 
@@ -40,6 +40,7 @@ def unscaled(backend: str, **inputs: Tensor) -> Tensor:
 
 DELTA = fla("chunk_delta_rule", lambda q, k, v, beta: (q, k, v, beta))
 GATED = fla("chunk_gated_delta_rule", lambda q, k, v, beta, log_decay: (q, k, v, log_decay, beta))
+QLA = peer("flash_qla.chunk_gated_delta_rule", lambda q, k, v, beta, log_decay: (q, k, v, log_decay, beta))
 KDA = fla("chunk_kda", lambda q, k, v, beta, log_decay: (q, k, v, log_decay, beta))
 RWKV7 = fla("chunk_rwkv7", lambda q, k, v, a, b, log_decay: (q, log_decay, k, v, a, b))
 WIDE = ({"B": 4, "T": 8192}, {"B": 16, "T": 2048}, {"B": 1, "T": 32768})
@@ -49,8 +50,8 @@ QWEN3_NEXT = {"G": 16, "H": 32, "K": 128, "V": 128}
 
 CASES = (
     *(Case("delta_rule", "no decay", rows | HEADS, plain, (DELTA,)) for rows in WIDE),
-    *(Case("delta_rule", "decay by token", rows | HEADS, token, (GATED,)) for rows in WIDE),
-    *(Case("delta_rule", "Qwen3-Next's heads", {"B": 1, "T": length} | QWEN3_NEXT, grouped, (GATED,)) for length in (1024, 8192, 65536)),
+    *(Case("delta_rule", "decay by token", rows | HEADS, token, (GATED, QLA)) for rows in WIDE),
+    *(Case("delta_rule", "Qwen3-Next's heads", {"B": 1, "T": T} | QWEN3_NEXT, grouped, (GATED, QLA)) for T in (1024, 8192, 65536)),
     *(Case("delta_rule", "decay by channel", rows | HEADS, channel, (KDA,)) for rows in WIDE),
     *(Case("general_delta_rule", "RWKV-7", WIDE[0] | heads, general, (RWKV7,), apply=unscaled) for heads in (HALF, HEADS)),
 )
