@@ -3,8 +3,11 @@
 Kernels multiply in the dtype of their inputs, so a float32 state of bfloat16 inputs is held to the rule for bfloat16.
 """
 
+import copy
 import importlib
 import inspect
+from contextlib import nullcontext
+from types import MethodType
 from unittest import mock
 
 import pytest
@@ -14,6 +17,7 @@ from test_ops import _along_time, cast, differentiable, inputs, is_state, poison
 import zoo
 from zoo.evaluate.closeness import assert_close
 from zoo.evaluate.subject import Subject
+from zoo.few_rows import FewRows
 from zoo.kernels.dispatch import Op, states_in_place
 from zoo.ops import OPS, Packing, use_backend
 
@@ -142,9 +146,45 @@ def test_models_step_by_kernels(name):
         with torch.no_grad():
             cache = model(ids[:, :5], use_cache=True).past_key_values
             with context:
-                results.append([model(ids[:, t : t + 1], past_key_values=cache).logits for t in range(5, 8)])
+                steps = [model.step(ids[:, t : t + 1], cache) for t in range(5, 7)]
+                with FewRows():
+                    results.append([*steps, model.step(ids[:, 7:], cache)])
     for i, (exact, plain, result) in enumerate(zip(*results, strict=True)):
         assert_close(result, plain, exact, f"step {i}")
+
+
+class Doubled(torch.nn.Linear):
+    """As an adapter is: a linear map and something more."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "change, rows, launches",
+    [("none", 1, 2), ("none", 8, 2), ("none", 9, 0), ("outside", 1, 0), ("class", 3, 3), ("forward", 2, 3), ("hook", 2, 3)],
+)
+def test_who_multiplies_few_rows(change, rows, launches):
+    """A gated channel mixer is two launches, or three where a layer does more than multiply; and does what it did."""
+    mixer = Subject("gla").model("base").layers[0].channel_mixer.to(DEVICE)
+    up = mixer.up_proj
+    if change == "class":
+        mixer.up_proj = Doubled(up.in_features, up.out_features, bias=False, device=DEVICE)
+        mixer.up_proj.weight = up.weight
+    elif change == "forward":
+        up.forward = MethodType(lambda layer, x: torch.nn.Linear.forward(layer, x) + 1, up)
+    elif change == "hook":
+        up.register_forward_hook(lambda module, args, y: y - 1)
+    x = Subject("gla").inputs(rows, 1).to(DEVICE)
+    multiply = importlib.import_module("zoo.kernels.linear.fused").multiply
+    with torch.no_grad(), mock.patch("zoo.kernels.linear.fused.multiply", side_effect=multiply) as called:
+        plain = mixer(x)[0]
+        assert not called.called
+        with use_backend("fused"), nullcontext() if change == "outside" else FewRows():
+            result = mixer(x)[0]
+    assert called.call_count == launches
+    exact = copy.deepcopy(mixer).double()(x.double())[0]
+    assert_close(result.cpu(), plain.cpu(), exact.cpu(), change)
 
 
 @every_case

@@ -19,6 +19,7 @@ from torch.nn.modules import module as everywhere
 
 from zoo.block import Block
 from zoo.cache import ZooCache, put
+from zoo.few_rows import FewRows
 from zoo.kernels import dispatch
 from zoo.mixer import State
 
@@ -196,13 +197,17 @@ class Steps:
             if not self._take_over(ids, cache):
                 self.room = self._wanted(seen)
                 widen(cache, self.model.model.layers, self.growing, self.room)
-                return None
+                return self._step(ids, cache)
         if self.recording is not None and not self.recording.fits(ids, cache):
             self.recording = None
             return None
         if self.recording is None:
             self._record(ids, cache)
         return None if self.recording is None else self.recording.step(ids, cache)
+
+    def _step(self, ids: Tensor, cache: ZooCache) -> Tensor:
+        with FewRows():
+            return self.model.step(ids, cache)
 
     def _wanted(self, seen: int) -> int:
         """For how many tokens there should be room: a whole number of grains, so that calls of like lengths agree."""
@@ -228,7 +233,7 @@ class Steps:
         ids, lengths = ids.clone(), cache.lengths
         before = [(layer.state, layer.seen) for layer in cache.layers]
         try:
-            replay, logits = record_graph(lambda: self.model.step(ids, cache), ids.device)
+            replay, logits = record_graph(lambda: self._step(ids, cache), ids.device)
             counters, moved = _compare([state for state, _ in before], [layer.state for layer in cache.layers])
         except (RuntimeError, ValueError) as error:
             moved = f"{type(error).__name__}: {error}"

@@ -1,0 +1,67 @@
+"""Linear maps of the few rows of a decode step, by the kernels that read a matrix as fast as memory gives it.
+
+Modules are called as ever: what an adapter or a quantised layer does with `torch.nn.functional.linear` is seen, what it does
+otherwise is its own.
+"""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from zoo import ops
+from zoo.kernels.linear import FEW
+
+_entered = 0
+
+
+class FewRows(TorchFunctionMode):
+    """Within it products of at most `FEW` rows with a plain matrix run on the kernels of `ops.linear`, where these can run."""
+
+    def __enter__(self):
+        global _entered
+        _entered += 1
+        return super().__enter__()
+
+    def __exit__(self, *raised):
+        global _entered
+        _entered -= 1
+        return super().__exit__(*raised)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is not F.linear or not suits(*args, **kwargs):
+            return func(*args, **kwargs)
+        return product(*args, **kwargs)
+
+
+def suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether this product is one of few rows with a plain matrix, and the kernels can run; arguments as `F.linear` has them."""
+    given = [t for t in (input, weight, bias) if t is not None]
+    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != input.dtype for t in given) or weight.ndim != 2 or not input.ndim:
+        return False
+    width = input.shape[-1]
+    if not 0 < input.numel() <= FEW * width:
+        return False
+    tensors = dict.fromkeys(ops.OPS["linear"].names) | {"x": input.reshape(1, -1, width), "weight": weight, "bias": bias}
+    return ops.OPS["linear"].resolve("auto", tensors) == "fused"
+
+
+def product(input: Tensor, weight: Tensor, bias: Tensor | None = None, *gate: Tensor | None) -> Tensor:
+    """`ops.linear` of rows in any number of dimensions."""
+    y = ops.linear(input.reshape(1, -1, input.shape[-1]), weight, bias, *gate, backend="fused")
+    return y.view(*input.shape[:-1], -1)
+
+
+def gated(x: Tensor, linear: nn.Module, gate: nn.Module) -> Tensor | None:
+    """`linear(x) * silu(gate(x))` in one kernel; None: not within `FewRows`, or not of plain layers."""
+    if not _entered or not (plain(linear) and plain(gate)):
+        return None
+    if not (suits(x, linear.weight, linear.bias) and suits(x, gate.weight, gate.bias)):
+        return None
+    return product(x, linear.weight, linear.bias, gate.weight, gate.bias)
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether calling it does what torch's linear layer does, and nothing else."""
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return type(module) is nn.Linear and not hooked
