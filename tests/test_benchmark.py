@@ -1,9 +1,11 @@
 """Benchmarks: every case runs, what is wrong has no time, and tables say what was measured."""
 
 import dataclasses
-import importlib
+import importlib.machinery
 import json
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -56,6 +58,23 @@ def test_transformers_windows_are_filled_up():
     (case,) = chosen(["on either side"], TINY | {"T": 600, "M": 5})
     for row in measure(case, contenders(case, ["chunked"], ["transformers."]), CLOCK, torch.float32):
         assert (row.note, row.wrong) == ("", "") and row.both
+
+
+def test_flashkda_is_given_logits(monkeypatch):
+    (case,) = chosen(["delta_rule, decay by channel, B1"], TINY)
+
+    @torch.no_grad()
+    def forward(q, k, v, g, beta, scale, out, A_log, dt_bias, lower_bound):
+        """What its documentation says."""
+        decay = lower_bound * torch.sigmoid(A_log.exp()[:, None] * (g + dt_bias))
+        out.copy_(case.call("reference", q=q, k=k, v=v, beta=beta.sigmoid(), log_decay=decay, scale=scale))
+
+    library = types.ModuleType("flash_kda")
+    library.fwd, library.__spec__ = forward, importlib.machinery.ModuleSpec("flash_kda", None)
+    monkeypatch.setitem(sys.modules, "flash_kda", library)
+    _, row = measure(case, contenders(case, ["chunked"], ["flash_kda."]), CLOCK, torch.bfloat16)
+    assert row.contender == "flash_kda.fwd" and row.reads and row.forward
+    assert row.wrong.startswith("gradients: ") and row.both is None
 
 
 def test_a_backend_that_cannot_run_says_why(monkeypatch):

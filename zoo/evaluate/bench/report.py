@@ -11,7 +11,10 @@ import torch
 
 from zoo.evaluate.bench.measure import Row
 
-PACKAGES = ("torch", "triton", "transformers", "fla-core", "flash-linear-attention", "mamba-ssm", "mlstm-kernels", "flash-qla", "tilelang")
+PACKAGES = (
+    "torch", "triton", "transformers", "fla-core", "flash-linear-attention", "mamba-ssm", "mlstm-kernels", "flash-qla", "tilelang",
+    "flash-kda",
+)  # fmt: skip
 HEADER = (
     "contender", "forward, ms", "and backward, ms", "against the best peer", "of the floor", "first call, s", "extra, MiB",
     "error", "of gradients",
