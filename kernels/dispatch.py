@@ -161,7 +161,7 @@ class Op:
             out, state = self.custom_op(*(tensors[n] for n in self.names), cu_seqlens, *options.values(), backend)
             return out, None if state.ndim == 1 else state  # as `_present` makes an absent one
         if _in_place and backend == "fused" and self.steps(tensors, packing):
-            return self._step(tensors, options, tensors["state"])
+            return self._step(tensors, options, tensors.get("state"))
         return self.execute(tensors, options, packing, backend)
 
     # -- running ------------------------------------------------------------------------------------------------------

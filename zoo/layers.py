@@ -165,9 +165,9 @@ class SoftplusDecay(Layer):
         init.copy_(self.dt_bias, step + torch.log(-torch.expm1(-step)))  # the inverse of softplus
 
     def forward(self, x: Tensor) -> Tensor:
-        step = nn.functional.softplus(x + wide(self.dt_bias))  # the sum is as wide as the wider of both
-        rate = wide(self.A_log).exp()
-        return -rate * step if self.channels is None else -rate.unsqueeze(-1) * split_heads(step, self.heads)
+        if self.channels is None:
+            return ops.discretize(x, self.A_log, self.dt_bias)[0]
+        return ops.discretize(split_heads(x, self.heads), self.A_log, split_heads(self.dt_bias, self.heads))[0]
 
 
 def orthogonal(weight: Tensor, gain: float = 1.0) -> None:

@@ -12,7 +12,7 @@ from zoo.config import ZooConfig
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
 from zoo.kernels.packing import Packing
-from zoo.layers import GatedNorm, ShortConv, laid_out, merge_heads, split_heads, wide
+from zoo.layers import GatedNorm, ShortConv, laid_out, merge_heads, split_heads
 from zoo.mixer import Mixer, State
 
 
@@ -82,10 +82,7 @@ class SSDMixer(Mixer):
         mixed, conv = self.conv(mixed, state["conv"] if state else None, packing)
         u, B, C = mixed.split([self.inner, shared, shared], dim=-1)
         u, B, C = split_heads(u, self.heads), split_heads(B, self.groups), split_heads(C, self.groups)
-        dt = F.softplus(dt + wide(self.dt_bias))  # the sum is as wide as the wider of both
-        dt = dt.clamp(min=self.dt_floor) if self.dt_floor else dt
-        log_decay = -dt * wide(self.A_log).exp()
-        v = (u * dt.unsqueeze(-1)).to(u.dtype)
+        log_decay, v = ops.discretize(dt, self.A_log, self.dt_bias, u, floor=self.dt_floor)
         memory = state["memory"] if state else None
         y, memory = ops.linear_attention(C, B, v, log_decay, scale=1.0, state=memory, packing=packing)
         y = merge_heads(torch.addcmul(y, self.D.to(u.dtype).unsqueeze(-1), u))
