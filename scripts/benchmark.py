@@ -33,12 +33,13 @@ from zoo.evaluate.bench import decoding, report, throughput
 from zoo.evaluate.bench.backends import compare
 from zoo.evaluate.bench.case import ANYWHERE, chosen, lift_guard
 from zoo.evaluate.bench.measure import Clock, contenders, measure
-from zoo.evaluate.bench.warm import warm
+from zoo.evaluate.bench.warm import caches, warm
 from zoo.evaluate.loading import measure as measure_loading
 from zoo.evaluate.loading import random_checkpoint
 from zoo.ops import OPS
 
 DTYPES = ("bfloat16", "float16", "float32")
+OWN = {"FLA_FLASH_QLA": "0"}  # fla's kernels are its own; FlashQLA's, which it would call instead, have rows of their own
 
 
 def kernels(args: argparse.Namespace) -> None:
@@ -60,7 +61,7 @@ def gpu(args: argparse.Namespace) -> None:
     cases, cuda = chosen(args.cases, sizes), torch.device(args.device).type == "cuda"
     backends = args.backends or (["fused", "chunked"] if cuda else ["chunked"])
     peers = [] if args.peers == ["none"] else args.peers if args.peers or cuda else ANYWHERE
-    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, alone(cache)):
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, caches(cache) | OWN):  # empty: first calls compile
         if args.unguarded:
             lift_guard()
         firsts = {}
@@ -152,11 +153,6 @@ def loading(args: argparse.Namespace) -> None:
         tqdm.write(f"{kind:<8} {dtype:<8} {result.shards} shards   {sizes}   {'within' if result.peak < result.bound else 'TOO MUCH'}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "safetensors": safetensors.__version__}
     save(args, {"command": command(), "host": versions, "rows": rows})
-
-
-def alone(cache: str) -> dict[str, str]:
-    """The environment of a fair race: caches empty, so that first calls compile, and fla's rows of its own kernels, not of FlashQLA's."""
-    return {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache, "FLA_FLASH_QLA": "0"}
 
 
 def size_of(text: str) -> tuple[str, int]:

@@ -34,7 +34,7 @@ def warm(
     def first(case: Case, name: str) -> tuple[str, str, float | None, str]:
         what = {"case": case.label, "sizes": sizes, "contender": name, "device": device, "dtype": kind, "unguarded": unguarded}
         with tempfile.TemporaryDirectory() as cache:
-            environment = os.environ | TUNING | {"TRITON_CACHE_DIR": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
+            environment = os.environ | TUNING | caches(cache)
             line = [sys.executable, "-m", __name__, json.dumps(what)]
             ran = subprocess.run(line, env=environment, capture_output=True, text=True)
             shutil.copytree(cache, os.environ["TRITON_CACHE_DIR"], dirs_exist_ok=True)
@@ -45,6 +45,11 @@ def warm(
     with ThreadPoolExecutor(workers) as pool:
         for done in as_completed([pool.submit(first, case, name) for (_, name), case in jobs.items()]):
             yield done.result()
+
+
+def caches(folder: str) -> dict[str, str]:
+    """The environment in which Triton, torch.compile and TileLang keep there what they have compiled."""
+    return {f"{compiler}_CACHE_DIR": folder for compiler in ("TRITON", "TORCHINDUCTOR", "TILELANG")}
 
 
 def _kind(case: Case) -> tuple:
