@@ -17,7 +17,7 @@ from zoo.evaluate.battery import MIXER_PROPERTIES, MODEL_PROPERTIES, run
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=zoo.list_models(), help="architectures (default: all)")
+    parser.add_argument("names", nargs="*", default=zoo.list_models(encoder_decoder=False), help="architectures (default: all)")
     parser.add_argument("-v", "--verbose", action="store_true", help="print what failed")
     args = parser.parse_args()
     warnings.simplefilter("ignore")

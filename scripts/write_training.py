@@ -40,7 +40,7 @@ def main() -> None:
     rows = []
     for name in tqdm(EQUIVALENCES, unit="comparison"):
         rows.append(f"| {name} | {{:.1e}} | {{:.1e}} |\n".format(*compare(name)))
-    for name in tqdm(zoo.list_models(), unit="architecture"):
+    for name in tqdm(zoo.list_models(encoder_decoder=False), unit="architecture"):
         coverage, change, merged = adapters(name)
         rows.append(f"| `{name}` | {coverage} | {change:.2f} | {merged:.0e} |\n")
     text = HEAD + "".join(rows[: len(EQUIVALENCES)]) + ADAPTERS + "".join(rows[len(EQUIVALENCES) :])

@@ -17,6 +17,7 @@ TASKS = {
     "sequence_classification": "ForSequenceClassification",
     "token_classification": "ForTokenClassification",
     "question_answering": "ForQuestionAnswering",
+    "seq2seq_lm": "ForConditionalGeneration",
 }
 
 
@@ -24,11 +25,22 @@ ALONE = (".pth", ".gguf")  # a file of these stands for a whole checkpoint
 
 
 def model_class(config: ZooConfig, task: str | None = None) -> type:
-    """The class of `config`'s architecture for a task; by default the language model its direction allows."""
-    task = task or ("causal_lm" if config.causal else "masked_lm")
+    """The class of `config`'s architecture for a task; by default the language model that it allows."""
+    task = task or default_task(config)
     if task not in TASKS:
         raise ValueError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
-    return registry.get(config.name).models[TASKS[task]]
+    models = registry.get(config.name).models
+    if TASKS[task] not in models:
+        known = ", ".join(name for name, suffix in TASKS.items() if suffix in models)
+        raise ValueError(f"{config.name!r} has no model for the task {task!r}; it has {known}")
+    return models[TASKS[task]]
+
+
+def default_task(config: ZooConfig) -> str:
+    """That of the language model which the config allows."""
+    if config.is_encoder_decoder:
+        return "seq2seq_lm"
+    return "causal_lm" if config.causal else "masked_lm"
 
 
 def from_config(name: str | ZooConfig, *, task: str | None = None, **fields):
@@ -36,7 +48,8 @@ def from_config(name: str | ZooConfig, *, task: str | None = None, **fields):
 
     Args:
         name: an architecture (`"gla"`), a preset (`"gla-340m"`) or a config.
-        task: causal_lm, masked_lm, sequence_classification, token_classification, question_answering or base.
+        task: causal_lm, masked_lm, sequence_classification, token_classification, question_answering or base; of an
+            encoder-decoder seq2seq_lm or base.
         fields: config fields on top, when `name` is a string.
     """
     if isinstance(name, ZooConfig):

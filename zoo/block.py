@@ -58,7 +58,7 @@ class Block(GradientCheckpointingLayer):
         self.weights = config.residual_weights
         self.mixer = None
         if config.name:
-            self.mixer = registry.get(config.name).mixer(config, layer)
+            self.mixer = registry.mixer_class(config.name)(config, layer)
             self.mixer_norm = self._input_norm(config) if layer or config.first_norm else nn.Identity()
             self.mixer_output_norm = self._output_norm(config)
         self.channel_mixer = None

@@ -31,6 +31,8 @@ def paper_link(paper: str) -> str:
 
 def direction(entry: Architecture) -> str:
     """Which way the mixer may look."""
+    if entry.config.is_encoder_decoder:
+        return "encoder-decoder"
     if entry.mixer is None:
         return "as its layers"
     ways = [name for name in ("causal", "bidirectional") if getattr(entry.mixer.traits, name)]
@@ -39,6 +41,8 @@ def direction(entry: Architecture) -> str:
 
 def state_kind(entry: Architecture) -> str:
     """Whether the state grows with the sequence."""
+    if entry.config.is_encoder_decoder:
+        return "as its decoder's"
     if entry.mixer is None:
         return "as its layers"
     if not entry.mixer.traits.causal:

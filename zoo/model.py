@@ -118,6 +118,7 @@ class ZooModel(ZooPreTrainedModel):
         seq_idx: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         global_attention_mask: Tensor | None = None,
+        source: tuple[Tensor, Tensor | None] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Run the layers.
@@ -131,6 +132,7 @@ class ZooModel(ZooPreTrainedModel):
             output_hidden_states: return the input of every block and the final states.
             token_type_ids: `[B, T]`, where the config has `token_types`; default 0.
             global_attention_mask: `[B, T]`, where mixers can make tokens global: nonzero for those that see all and are seen by all.
+            source: of a decoder, what its encoder returned `[B, S, D]`, and `[B, S]` false for padding.
 
         Raises:
             ValueError: both or neither of ids and embeddings, an empty batch, a mask of the wrong shape, more tokens than the
@@ -153,7 +155,7 @@ class ZooModel(ZooPreTrainedModel):
         documents = entry.packing is not None and entry.keep is None
         if cache is None and use_cache and not documents:
             cache = ZooCache(len(self.layers))
-        x, beside = self._position(entry.enter(x), entry, cache), self._beside(global_attention_mask, entry, batch, length)
+        x, beside = self._position(entry.enter(x), entry, cache), source or self._global(global_attention_mask, entry, batch, length)
 
         hidden, carry = [], None
         with nullcontext() if cache is None or torch.compiler.is_compiling() else states_in_place():
@@ -194,8 +196,8 @@ class ZooModel(ZooPreTrainedModel):
             raise ValueError(f"token_type_ids is {list(token_type_ids.shape)}, expected {list(x.shape[:2])}: one for each token")
         return x + self.embed_types(token_type_ids)
 
-    def _beside(self, global_attention_mask: Tensor | None, entry: Entry, batch: int, length: int) -> tuple[Tensor, ...]:
-        """What goes to those mixers that take something beside the tokens."""
+    def _global(self, global_attention_mask: Tensor | None, entry: Entry, batch: int, length: int) -> tuple[Tensor, ...]:
+        """What mixers are told about global tokens, if anything."""
         if global_attention_mask is None:
             return ()
         if not any(block.mixer is not None and block.mixer.traits.beside for block in self.layers):
@@ -481,11 +483,11 @@ SHELLS = {
 }
 
 
-def make_models(config: type[ZooConfig]) -> dict[str, type]:
+def make_models(config: type[ZooConfig], shells: dict[str, type] = SHELLS) -> dict[str, type]:
     """The model classes of an architecture: suffix -> class, living in the module of its config."""
     prefix = config.__name__.removesuffix("Config")
     classes = {}
-    for suffix, shell in SHELLS.items():
+    for suffix, shell in shells.items():
         members = {"config_class": config, "__module__": config.__module__, "__doc__": shell.__doc__, "_base": classes.get("Model")}
         classes[suffix] = type(prefix + suffix, (shell,), members)
     return classes

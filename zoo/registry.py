@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -30,6 +31,7 @@ AUTO = {
     "ForSequenceClassification": AutoModelForSequenceClassification,
     "ForTokenClassification": AutoModelForTokenClassification,
     "ForQuestionAnswering": AutoModelForQuestionAnswering,
+    "ForConditionalGeneration": AutoModelForSeq2SeqLM,
 }
 
 
@@ -58,6 +60,7 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {}
 CHANNEL_MIXERS: dict[str, type] = {}
+PARTS: dict[str, type[Mixer]] = {}  # mixers that only make sense within a larger whole, by the names of their configs
 
 
 def register(
@@ -73,7 +76,8 @@ def register(
         ValueError: the name is taken or malformed, the config's `model_type` or class name does not follow it, there is no
             preset "tiny", or a layout reads a model type that another one reads.
     """
-    from zoo.model import make_models  # the shell needs the registry to build its layers
+    from zoo.model import make_models  # the shells need the registry to build their layers
+    from zoo.seq2seq import SHELLS, Seq2SeqConfig
 
     if name in ARCHITECTURES:
         raise ValueError(f"architecture {name!r} is registered twice; choose another name or call zoo.registry.unregister({name!r})")
@@ -88,7 +92,8 @@ def register(
     if clash := [kind for layout in layouts if layout.matches is None for kind in layout.model_types if kind in taken]:
         raise ValueError(f"architecture {name!r}: model type {clash[0]!r} is read by the layout {taken[clash[0]]!r} already")
     config.name = name
-    entry = Architecture(name, config, mixer, title, paper, presets, make_models(config), layouts)
+    models = make_models(config, SHELLS) if issubclass(config, Seq2SeqConfig) else make_models(config)
+    entry = Architecture(name, config, mixer, title, paper, presets, models, layouts)
     AutoConfig.register(config.model_type, config)
     module = sys.modules[config.__module__]
     for suffix, cls in entry.models.items():
@@ -120,6 +125,23 @@ def register_channel_mixer(name: str) -> Callable[[type], type]:
     return enter
 
 
+def register_part(name: str) -> Callable[[type[Mixer]], type[Mixer]]:
+    """Class decorator: enter a mixer that is no architecture by itself, for configs of this name."""
+
+    def enter(cls: type[Mixer]) -> type[Mixer]:
+        if name in PARTS:
+            raise ValueError(f"part {name!r} is registered twice")
+        PARTS[name] = cls
+        return cls
+
+    return enter
+
+
+def mixer_class(name: str) -> type[Mixer]:
+    """The mixer for a layer whose config has this name."""
+    return PARTS[name] if name in PARTS else get(name).mixer
+
+
 def load_all() -> None:
     """Import every file of `models/`."""
     import zoo.models
@@ -142,9 +164,10 @@ def get_channel_mixer(name: str) -> type:
     return CHANNEL_MIXERS[name]
 
 
-def list_models() -> list[str]:
-    """Names of all architectures."""
-    return sorted(ARCHITECTURES)
+def list_models(*, encoder_decoder: bool | None = None) -> list[str]:
+    """Names of all architectures, or of those that are (True) or are not (False) encoder-decoders."""
+    kinds = {name: entry.config.is_encoder_decoder for name, entry in ARCHITECTURES.items()}
+    return sorted(name for name, kind in kinds.items() if encoder_decoder in (None, kind))
 
 
 def list_mixers() -> list[str]:

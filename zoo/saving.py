@@ -92,7 +92,7 @@ def check_keys(name: str, model, info: dict, allow_shapes: bool) -> None:
     problems = []
     if missing := sorted(k for k in info["missing_keys"] if of_body(k)):
         problems.append(f"missing {len(missing)}: {', '.join(missing[:4])}")
-    heads = ("lm_head", "score", "head", "classifier")
+    heads = ("lm_head", "logits_bias", "score", "head", "classifier", "answer")
     surplus = sorted(k for k in info["unexpected_keys"] if k.startswith(base) or (is_base and not k.startswith(heads)))
     if surplus:
         problems.append(f"not of this architecture {len(surplus)}: " + ", ".join(k + nearest(k, own) for k in surplus[:4]))

@@ -258,6 +258,9 @@ def marks_answers(subject: Subject) -> None:
                 plain, wide = twice(lambda row=row, name=name: getattr(model(row), name)[0]), getattr(exact(row), name)[0]
                 assert_close(getattr(out, name)[i][mask[i] == 1].detach(), plain, wide, f"{name}, row {i}")
     refused(lambda: model(ids, start_positions=torch.tensor([2, 3])), "end_positions")
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        assert type(AutoModel.from_pretrained(folder)) is subject.entry.models["Model"], "the body is not read without its head"
 
 
 @of_models

@@ -98,7 +98,7 @@ class Trial:
         config = foreign_config(self.layout, self.layout.trials[self.name])
         own = self.entry.config(**self.layout.config_map(with_defaults(config.to_dict(), self.layout)))
         torch.manual_seed(0)
-        auto = AutoModelForCausalLM if own.causal else AutoModel
+        auto = AutoModelForCausalLM if own.causal and not own.is_encoder_decoder else AutoModel
         cls = getattr(transformers, config.architectures[0])._from_config if config.architectures else auto.from_config
         model = cls(config, **PLAIN).eval()
         rules = self.layout.rules(own) if callable(self.layout.rules) else self.layout.rules
@@ -133,6 +133,9 @@ def forgotten(layout: Layout, name: str) -> bool:
 
 def answer(model: nn.Module, **given) -> Tensor:
     """Logits (of a head that marks answers both), or of a model without a head its last hidden states."""
+    if model.config.is_encoder_decoder:  # which reads the tokens, and writes them again
+        read = {name: given[name] for name in ("input_ids", "attention_mask") if name in given}
+        given = given | {f"decoder_{name}": tensor for name, tensor in read.items()}
     out = model(**given, **({"use_cache": False} if model.can_generate() else {}))
     if "start_logits" in out:
         return torch.stack([out.start_logits, out.end_logits], dim=-1)
@@ -262,9 +265,8 @@ def greedy_continuations_are_equal(trial: Trial) -> float:
     for row, start in enumerate(starts):
         alone = ids[row : row + 1, start:]
         expected = trial.theirs.generate(alone, attention_mask=torch.ones_like(alone), **options)[0]
-        assert torch.equal(continued[row, start:], expected), (
-            f"row {row}: {continued[row, 11:].tolist()}, expected {expected[-NEW:].tolist()}"
-        )
+        written = continued[row, -len(expected) :]
+        assert torch.equal(written, expected), f"row {row}: {written[-NEW:].tolist()}, expected {expected[-NEW:].tolist()}"
     return 0.0
 
 

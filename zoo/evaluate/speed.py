@@ -49,13 +49,16 @@ def generation_speed(model: nn.Module, prompt: Tensor, tokens: int = 32) -> Spee
 def state_bytes(model: nn.Module, length: int, dtype: torch.dtype = torch.float32) -> int:
     """Bytes of state and KV cache of one sequence after `length` tokens, over all layers of a zoo model.
 
+    Of an encoder-decoder these are the states of what is written; the keys and values of the source come on top.
+
     Args: dtype: of the activations; recurrent states stay in float32 where their mixer says so.
     """
     if not isinstance(model.config, ZooConfig):
         raise TypeError(
             f"state_bytes reads the states that a zoo model declares, got a {type(model).__name__}; load it with zoo.from_pretrained"
         )
-    blocks = model.get_submodule("model.layers") if hasattr(model, "model") else model.layers
+    stack = getattr(model, "model", model)
+    blocks = (stack.decoder if model.config.is_encoder_decoder else stack).layers
     states = (block.initial_state(1, length, dtype, "meta") for block in blocks)
     return sum(t.numel() * t.element_size() for state in states for t in state.values())
 

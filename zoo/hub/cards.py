@@ -23,6 +23,7 @@ PIPELINES = {
     "ForSequenceClassification": "text-classification",
     "ForTokenClassification": "token-classification",
     "ForQuestionAnswering": "question-answering",
+    "ForConditionalGeneration": "text2text-generation",
 }
 
 

@@ -15,7 +15,7 @@ from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import validate_repo_id
 from transformers.modeling_utils import PreTrainedModel
 
-from zoo.auto import TASKS, from_pretrained
+from zoo.auto import TASKS, default_task, from_pretrained
 from zoo.config import ZooConfig
 from zoo.hub.cards import Subject, render
 from zoo.hub.errors import HubError, explained, insist
@@ -174,8 +174,8 @@ def describe(raw: dict, folder: Path) -> Subject:
 
 
 def default_suffix(config: ZooConfig) -> str:
-    """Of the language model that the config's direction allows."""
-    return TASKS["causal_lm" if config.causal else "masked_lm"]
+    """Of the language model that the config allows."""
+    return TASKS[default_task(config)]
 
 
 def present(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo | None:
