@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.few_rows import together
 from zoo.fla import CONVOLUTION, GATED_MLP, SHELL, UNFUSED, convolutions, fla_layout, layer, read_convolution, write_convolution
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
@@ -70,15 +71,16 @@ class GLAMixer(Mixer):
         return flops(length, self.heads, self.keys, self.values)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        parts, after = (self.q_proj(x), self.k_proj(x), self.v_proj(x)), {}
+        *parts, gate = together(x, self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
+        after = {}
         if self.conv is not None:
-            parts, after = convolve_together(parts, self.conv, state, packing)
+            parts, after = convolve_together(tuple(parts), self.conv, state, packing)
         q, k, v = (split_heads(part, heads) for part, heads in zip(parts, (self.heads, self.groups, self.groups), strict=True))
         log_decay = split_heads(F.logsigmoid(wide(self.decay_proj(x))) / self.temperature, self.groups)
         if self.groups < self.heads:
             log_decay = log_decay.repeat_interleave(self.heads // self.groups, dim=2)
         o, after["memory"] = ops.linear_attention(q, k, v, log_decay, state=state["memory"] if state else None, packing=packing)
-        return self.out_proj(merge_heads(self.norm(o, split_heads(self.gate_proj(x), self.heads)))), after
+        return self.out_proj(merge_heads(self.norm(o, split_heads(gate, self.heads)))), after
 
 
 LAYOUTS = (

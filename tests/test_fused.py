@@ -17,7 +17,7 @@ from test_ops import _along_time, cast, differentiable, inputs, is_state, poison
 import zoo
 from zoo.evaluate.closeness import assert_close
 from zoo.evaluate.subject import Subject
-from zoo.few_rows import FewRows
+from zoo.few_rows import FewRows, together
 from zoo.kernels.dispatch import Op, states_in_place
 from zoo.ops import OPS, Packing, use_backend
 
@@ -193,6 +193,24 @@ def test_who_multiplies_few_rows(change, rows, launches):
     assert called.call_count == launches
     exact = copy.deepcopy(mixer).double()(x.double())[0]
     assert_close(result.cpu(), plain.cpu(), exact.cpu(), change)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    "rows, width, sizes, launches", [(1, 2100, (5, 3), 1), (3, 12, (4, 1, 6), 1), (8, 40, (2, 3, 4, 5), 1), (9, 12, (2, 3), 0)]
+)
+def test_maps_of_one_input_are_one_launch(rows, width, sizes, launches, bias):
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(width, size, bias=bias).to(DEVICE) for size in sizes]
+    x = torch.randn(rows, 1, width).to(DEVICE)
+    several = importlib.import_module("zoo.kernels.linear.fused").several
+    with torch.no_grad(), mock.patch("zoo.kernels.linear.fused.several", side_effect=several) as called:
+        plain = together(x, *layers)
+        with use_backend("fused"), FewRows():
+            result = together(x, *layers)
+    assert called.call_count == launches
+    for layer, own, other in zip(layers, result, plain, strict=True):
+        assert_close(own.cpu(), other.cpu(), layer.double()(x.double()).cpu(), f"{layer.out_features} columns")
 
 
 @every_case

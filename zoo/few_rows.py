@@ -4,6 +4,8 @@ Modules are called as ever: what an adapter or a quantised layer does with `torc
 otherwise is its own.
 """
 
+import importlib
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -59,6 +61,15 @@ def gated(x: Tensor, linear: nn.Module, gate: nn.Module) -> Tensor | None:
     if not (suits(x, linear.weight, linear.bias) and suits(x, gate.weight, gate.bias)):
         return None
     return product(x, linear.weight, linear.bias, gate.weight, gate.bias)
+
+
+def together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """What two to four layers make of one input: within `FewRows` in one kernel, where all are plain, and else one by one."""
+    if not _entered or not all(plain(one) and one.weight.is_contiguous() and suits(x, one.weight, one.bias) for one in layers):
+        return tuple(one(x) for one in layers)
+    several = importlib.import_module("zoo.kernels.linear.fused").several
+    parts = several(x.reshape(-1, x.shape[-1]), [one.weight for one in layers], [one.bias for one in layers])
+    return tuple(part.unflatten(0, x.shape[:-1]) for part in parts)
 
 
 def plain(module: nn.Module) -> bool:

@@ -56,18 +56,70 @@ def forward(
     tl.store(Y + r[:, None] * N + n[None, :], y.to(Y.dtype.element_ty), mask=inside[:, None] & row[None, :])
 
 
+@triton.jit
+def part(X, W, BIAS, Y, D, r, inside, slice_, N, first, TOTAL, M: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """One matrix's share of several: columns `first` to `first + N` of Y."""
+    n = slice_.to(tl.int64) * BN + tl.arange(0, BN)
+    y = products(X, W, D, D, D, r, n, inside, n < N, M, BN, BD)
+    if BIAS is not None:
+        y += tl.load(BIAS + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(Y + r[:, None] * TOTAL + first + n[None, :], y.to(Y.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+
+
+@triton.jit
+def side_by_side(
+    X, W0, W1, W2, W3, BIAS0, BIAS1, BIAS2, BIAS3, Y, ROWS, N0, N1, N2, N3, D, M: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """Y [ROWS, N0 + N1 + N2 + N3], products of X [ROWS, D] with each matrix. Programs: slices of all matrices, at most 8 rows."""
+    at, total, first = tl.program_id(0), N0 + N1 + N2 + N3, 0
+    r = tl.arange(0, M)
+    inside = r < ROWS
+    own = tl.cdiv(N0, BN)
+    if at < own:
+        part(X, W0, BIAS0, Y, D, r, inside, at, N0, 0, total, M, BN, BD)
+    at, first, own = at - own, N0, tl.cdiv(N1, BN)
+    if (at >= 0) & (at < own):
+        part(X, W1, BIAS1, Y, D, r, inside, at, N1, first, total, M, BN, BD)
+    if W2 is not None:
+        at, first, own = at - own, first + N1, tl.cdiv(N2, BN)
+        if (at >= 0) & (at < own):
+            part(X, W2, BIAS2, Y, D, r, inside, at, N2, first, total, M, BN, BD)
+    if W3 is not None:
+        at, first, own = at - own, first + N2, tl.cdiv(N3, BN)
+        if at >= 0:
+            part(X, W3, BIAS3, Y, D, r, inside, at, N3, first, total, M, BN, BD)
+
+
+def tiles(count: int, width: int) -> dict[str, int]:
+    """Rows of x, rows of a matrix and channels that a program takes."""
+    height = min(HEIGHT, power_of_two(count))
+    columns = 1 if width <= 2048 or height == HEIGHT else 2
+    block = min(power_of_two(width), 1024 if height > 2 or (width > 2048 and width % 2048) else 2048)
+    return {"M": height, "BN": columns, "BD": block}
+
+
+def several(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, ...]:
+    """Products of x `[ROWS, D]`, at most 8 rows, with each of two to four matrices that lie in one piece, in one launch; no gradients.
+    They are columns of one tensor."""
+    x, sizes, absent = x.contiguous(), [w.shape[0] for w in weights], [None] * (4 - len(weights))
+    y, tile = x.new_empty(x.shape[0], sum(sizes)), tiles(*x.shape)
+    launch(
+        side_by_side, sum(cdiv(size, tile["BN"]) for size in sizes),
+        x, *weights, *absent, *biases, *absent, y, x.shape[0], *sizes, *(0 for _ in absent), x.shape[1], **tile,
+    )  # fmt: skip
+    return y.split(sizes, dim=-1)
+
+
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, gate_bias: Tensor | None) -> Tensor:
     """`[ROWS, N]` of x `[ROWS, D]`."""
     x, weight, bias, gate, gate_bias = (None if t is None else rows(t) for t in (x, weight, bias, gate, gate_bias))
     (count, width), size = x.shape, weight.shape[0]
     y = x.new_empty(count, size)
-    height = min(HEIGHT, power_of_two(count))
-    columns = 1 if width <= 2048 or height == HEIGHT else 2
-    block = min(power_of_two(width), 1024 if height > 2 or (width > 2048 and width % 2048) else 2048)
+    tile = tiles(count, width)
     launch(
-        forward, cdiv(size, columns) * cdiv(count, height),
+        forward, cdiv(size, tile["BN"]) * cdiv(count, tile["M"]),
         x, weight, bias, gate, gate_bias, y, x.stride(0), weight.stride(0), 0 if gate is None else gate.stride(0), count, size, width,
-        M=height, BN=columns, BD=block,
+        **tile,
     )  # fmt: skip
     return y
 
