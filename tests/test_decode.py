@@ -10,6 +10,8 @@ from transformers.generation.streamers import BaseStreamer
 import zoo
 from zoo import decode, sampling
 from zoo.evaluate import tape
+from zoo.few_rows import FewRows
+from zoo.layers import rotary_table, token_positions
 
 NAMES = ("gla-tiny", "transformer-tiny", "hybrid-tiny")
 
@@ -173,6 +175,18 @@ def test_a_host_that_is_a_step_ahead_writes_the_same(stop, sampled, recorder, mo
     if not sampled:
         last = max(next(i for i, token in enumerate(row) if token in free[:, 4]) for row in free)
         assert len(told[0][0][0]) == 5 + {"end": last + 1, "length": 12, "sixth": 6}[stop]
+
+
+def test_layers_share_tables_of_a_step_and_of_no_other():
+    x, seen = torch.zeros(2, 1, 8), torch.tensor([3, 5])
+    with FewRows():
+        first, second = (token_positions(x, own) for own in (seen, seen.clone()))
+        tables = [rotary_table(positions, 8, theta) for positions in (first, second, first.clone()) for theta in (10.0, 20.0)]
+    assert first is second and first.tolist() == [[3], [5]]
+    assert tables[0] is tables[2] and tables[1] is tables[3] and len(set(map(id, tables))) == 4
+    with FewRows():
+        assert token_positions(x, seen + 1).tolist() == [[4], [6]]
+    assert rotary_table(first, 8) is not rotary_table(first, 8)
 
 
 def test_a_table_of_positions_still_ends_somewhere(recorder):

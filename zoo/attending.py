@@ -118,7 +118,7 @@ class RotaryAttention(AttentionMixer):
         """The same of what the projections gave."""
         q, k = self.q_norm(split_heads(q, self.heads)), self.k_norm(split_heads(k, self.groups))
         if self.rope is not None:
-            table = tuple(t.to(q.dtype) for t in rotary_table(positions, *self.rope))
+            table = rotary_table(positions, *self.rope)
             q, k = rotate(q, table), rotate(k, table)
         return q, k, split_heads(v, self.groups)
 

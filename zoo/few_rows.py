@@ -1,10 +1,11 @@
-"""Linear maps of the few rows of a decode step, by the kernels that read a matrix as fast as memory gives it.
+"""Decode steps: linear maps of few rows by kernels that read a matrix as fast as memory gives it, and what all layers share made once.
 
 Modules are called as ever: what an adapter or a quantised layer does with `torch.nn.functional.linear` is seen, what it does
 otherwise is its own.
 """
 
 import importlib
+from collections.abc import Callable, Hashable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,20 +14,23 @@ from torch.overrides import TorchFunctionMode
 from zoo import ops
 from zoo.kernels.linear import FEW
 
-_entered = 0
+_entered: "list[FewRows]" = []
 
 
 class FewRows(TorchFunctionMode):
-    """Within it products of at most `FEW` rows with a plain matrix run on the kernels of `ops.linear`, where these can run."""
+    """Within it, around one step, products of at most `FEW` rows with a plain matrix run on the kernels of `ops.linear`, where these
+    can run, and `once` remembers."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[tuple, tuple] = {}
 
     def __enter__(self):
-        global _entered
-        _entered += 1
+        _entered.append(self)
         return super().__enter__()
 
     def __exit__(self, *raised):
-        global _entered
-        _entered -= 1
+        _entered.pop()
         return super().__exit__(*raised)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -34,6 +38,16 @@ class FewRows(TorchFunctionMode):
         if func is not F.linear or not suits(*args, **kwargs):
             return func(*args, **kwargs)
         return product(*args, **kwargs)
+
+
+def once(make: Callable, of: Tensor | None, *key: Hashable):
+    """`make()`; within `FewRows` what it was at first for this very tensor and key."""
+    if not _entered:
+        return make()
+    made, key = _entered[-1].made, (id(of), *key)
+    if key not in made:
+        made[key] = make(), of  # which keeps its id as long
+    return made[key][0]
 
 
 def suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.few_rows import once
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
 from zoo.mixer import Layer
@@ -280,6 +282,11 @@ def rotary_table(positions: Tensor, width: int, theta: float = 10000.0, scaling:
     that turn less than `low_freq_factor` times within the original context, keeps those above `high_freq_factor`, and
     blends in between (Llama 3.1).
     """
+    key = width, theta, None if scaling is None else tuple(scaling.items())
+    return once(lambda: _rotary_table(positions, width, theta, scaling), positions, *key)
+
+
+def _rotary_table(positions: Tensor, width: int, theta: float, scaling: dict | None) -> tuple[Tensor, Tensor]:
     frequencies = 1.0 / theta ** (torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / width)
     if scaling is not None and scaling["rope_type"] == "linear":
         frequencies = frequencies / scaling["factor"]
@@ -295,7 +302,7 @@ def rotary_table(positions: Tensor, width: int, theta: float = 10000.0, scaling:
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the first channels of `x` `[B, T, H, K]` by a `rotary_table`; in x's dtype, as the models were trained."""
-    cos, sin = (t.to(x.dtype) for t in table)
+    cos, sin = (once(partial(t.to, x.dtype), t, x.dtype) for t in table)
     width = cos.shape[-1]
     turning = x[..., :width]
     turned = turning * cos + turning.roll(width // 2, -1) * sin
@@ -331,7 +338,7 @@ def token_positions(x: Tensor, seen: Tensor | None = None, packing: Packing | No
         positions = packing.positions if seen is None else packing.positions + seen[packing.seq_idx]
         return positions.unsqueeze(0)
     if seen is not None and x.shape[1] == 1:
-        return seen.unsqueeze(1).clone()
+        return once(lambda: seen.unsqueeze(1).clone(), None, "positions", seen.shape, seen.dtype)  # all layers have seen the same
     positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
     return positions if seen is None else positions + seen.unsqueeze(1)
 
