@@ -53,7 +53,9 @@ def once(make: Callable, of: Tensor | None, *key: Hashable):
 def suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether this product is one of few rows with a plain matrix, and the kernels can run; arguments as `F.linear` has them."""
     given = [t for t in (input, weight, bias) if t is not None]
-    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != input.dtype for t in given) or weight.ndim != 2 or not input.ndim:
+    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != input.dtype for t in given) or not input.ndim:
+        return False
+    if weight.ndim != 2 or weight.stride(1) != 1:
         return False
     width = input.shape[-1]
     if not 0 < input.numel() <= FEW * width:
