@@ -36,12 +36,12 @@ def refused(function: Callable[[], object], word: str) -> None:
         raise AssertionError(f"expected an error that names {word!r}, got none")
 
 
-def run(name: str, properties: dict[str, Callable[[Subject], None]]) -> dict[str, str | None]:
-    """Property -> None where it holds, else the last lines of what went wrong."""
+def run(name: str, properties: dict[str, Callable], kind: type = Subject) -> dict[str, str | None]:
+    """Property -> None where it holds, else the last lines of what went wrong; `kind`: what the properties are given, by its name."""
     results = {}
     for label, check in properties.items():
         try:
-            check(Subject(name))
+            check(kind(name))
             results[label] = None
         except Exception:  # a property may fail in any way; the caller reports it
             results[label] = traceback.format_exc(limit=-2)

@@ -199,3 +199,35 @@ def learns_a_batch_by_heart(pair: Pair) -> None:
 def runs_in_half_precision(pair: Pair) -> None:
     out = pair.model(dtype=torch.bfloat16, push=False)(pair.tokens(2, READ), labels=pair.tokens(2, WRITTEN))
     assert out.logits.dtype == torch.bfloat16 and torch.isfinite(out.logits).all()
+
+
+@of_pairs
+def adapts_with_lora(pair: Pair) -> None:
+    """Adapters on the targets of all mixers learn in both stacks, and change the output."""
+    from peft import LoraConfig, get_peft_model
+
+    model, ids, labels = pair.model(), pair.tokens(2, READ), pair.tokens(2, WRITTEN, seed=2)
+    targets = {name for stack in (model.model.encoder, model.model.decoder) for layer in stack.layers for name in layer.mixer.lora_targets}
+    before = model(ids, labels=labels).logits.detach()
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=sorted(targets), init_lora_weights=False)).eval()
+    out = adapted(input_ids=ids, labels=labels)
+    assert (out.logits - before).abs().max() > 1e-4, "adapters change nothing"
+    out.loss.backward()
+    idle = [n for n, p in adapted.named_parameters() if p.requires_grad and (p.grad is None or p.grad.abs().max() == 0)]
+    assert not idle, f"adapters without a gradient: {idle}"
+
+
+@of_pairs
+def trains_compiled(pair: Pair) -> None:
+    """Both stacks in one graph, forward and backward."""
+    torch._dynamo.reset()
+    model, ids, written = pair.model().train(), pair.tokens(2, READ), pair.tokens(2, WRITTEN, seed=2)
+    compiled = torch.compile(lambda x, y: model(x, decoder_input_ids=y).logits, fullgraph=True, backend="aot_eager")
+    out = compiled(ids, written)
+    with torch.no_grad():
+        plain = twice(lambda: model(ids, decoder_input_ids=written).logits)
+        exact = pair.model(dtype=torch.float64)(ids, decoder_input_ids=written).logits
+    assert_close(out.detach(), plain, exact, "compiled logits")
+    out.square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    torch._dynamo.reset()
