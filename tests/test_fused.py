@@ -203,14 +203,15 @@ def test_maps_of_one_input_are_one_launch(rows, width, sizes, launches, bias):
     torch.manual_seed(0)
     layers = [torch.nn.Linear(width, size, bias=bias).to(DEVICE) for size in sizes]
     x = torch.randn(rows, 1, width).to(DEVICE)
+    own = tuple(torch.randn(len(sizes), rows, 1, width).to(DEVICE))
     several = importlib.import_module("zoo.kernels.linear.fused").several
     with torch.no_grad(), mock.patch("zoo.kernels.linear.fused.several", side_effect=several) as called:
-        plain = together(x, *layers)
+        plain = *together(x, *layers), *together(own, *layers)
         with use_backend("fused"), FewRows():
-            result = together(x, *layers)
-    assert called.call_count == launches
-    for layer, own, other in zip(layers, result, plain, strict=True):
-        assert_close(own.cpu(), other.cpu(), layer.double()(x.double()).cpu(), f"{layer.out_features} columns")
+            result = *together(x, *layers), *together(own, *layers)
+    assert called.call_count == 2 * launches
+    for layer, given, y, other in zip(2 * layers, (x,) * len(sizes) + own, result, plain, strict=True):
+        assert_close(y.cpu(), other.cpu(), layer.double()(given.double()).cpu(), f"{layer.out_features} columns")
 
 
 @every_case

@@ -79,13 +79,18 @@ def gated(x: Tensor, linear: nn.Module, gate: nn.Module) -> Tensor | None:
     return product(x, linear.weight, linear.bias, gate.weight, gate.bias)
 
 
-def together(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
-    """What two to four layers make of one input: within `FewRows` in one kernel, where all are plain, and else one by one."""
-    if not _entered or not all(plain(one) and one.weight.is_contiguous() and suits(x, one.weight, one.bias) for one in layers):
-        return tuple(one(x) for one in layers)
+def together(x: Tensor | tuple[Tensor, ...], *layers: nn.Module) -> tuple[Tensor, ...]:
+    """What two to four layers make of one input, or each of its own of the same shape: within `FewRows` in one kernel, where all are
+    plain, and else one by one."""
+    xs = (x,) * len(layers) if isinstance(x, Tensor) else x
+    pairs = list(zip(layers, xs, strict=True))
+    alike = _entered and all(plain(one) and one.weight.is_contiguous() and one.in_features == layers[0].in_features for one in layers)
+    if not alike or not all(suits(own, one.weight, one.bias) for one, own in pairs):
+        return tuple(one(own) for one, own in pairs)
     several = importlib.import_module("zoo.kernels.linear.fused").several
-    parts = several(x.reshape(-1, x.shape[-1]), [one.weight for one in layers], [one.bias for one in layers])
-    return tuple(part.unflatten(0, x.shape[:-1]) for part in parts)
+    flat = [own.reshape(-1, own.shape[-1]) for own in xs]
+    parts = several(flat, [one.weight for one in layers], [one.bias for one in layers])
+    return tuple(part.unflatten(0, own.shape[:-1]) for part, own in zip(parts, xs, strict=True))
 
 
 def plain(module: nn.Module) -> bool:

@@ -139,7 +139,10 @@ class LowRank(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.down(x)
+        return self.rise(self.down(x))
+
+    def rise(self, hidden: Tensor) -> Tensor:
+        """The second half."""
         return self.up(hidden if self.activation is None else self.activation(hidden))
 
 
@@ -181,7 +184,8 @@ def orthogonal(weight: Tensor, gain: float = 1.0) -> None:
 def unit_length(x: Tensor, eps: float = 1e-6) -> Tensor:
     """`x / sqrt(sum(x^2) + eps)` over the last dimension, in the dtype of x."""
     channels = x.shape[-1]
-    share = torch.full((channels,), channels**-0.5, dtype=accumulator(x.dtype), device=x.device)
+    kind = {"dtype": accumulator(x.dtype), "device": x.device}
+    share = once(lambda: torch.full((channels,), channels**-0.5, **kind), None, "unit length", channels, *kind.values())
     return ops.gated_norm(x, share, eps=eps / channels)
 
 

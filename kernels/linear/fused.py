@@ -68,26 +68,27 @@ def part(X, W, BIAS, Y, D, r, inside, slice_, N, first, TOTAL, M: tl.constexpr, 
 
 @triton.jit
 def side_by_side(
-    X, W0, W1, W2, W3, BIAS0, BIAS1, BIAS2, BIAS3, Y, ROWS, N0, N1, N2, N3, D, M: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    X0, X1, X2, X3, W0, W1, W2, W3, BIAS0, BIAS1, BIAS2, BIAS3, Y, ROWS, N0, N1, N2, N3, D,
+    M: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Y [ROWS, N0 + N1 + N2 + N3], products of X [ROWS, D] with each matrix. Programs: slices of all matrices, at most 8 rows."""
+    """Y [ROWS, N0 + N1 + N2 + N3], products of each X [ROWS, D] with its matrix. Programs: slices of all matrices, at most 8 rows."""
     at, total, first = tl.program_id(0), N0 + N1 + N2 + N3, 0
     r = tl.arange(0, M)
     inside = r < ROWS
     own = tl.cdiv(N0, BN)
     if at < own:
-        part(X, W0, BIAS0, Y, D, r, inside, at, N0, 0, total, M, BN, BD)
+        part(X0, W0, BIAS0, Y, D, r, inside, at, N0, 0, total, M, BN, BD)
     at, first, own = at - own, N0, tl.cdiv(N1, BN)
     if (at >= 0) & (at < own):
-        part(X, W1, BIAS1, Y, D, r, inside, at, N1, first, total, M, BN, BD)
+        part(X1, W1, BIAS1, Y, D, r, inside, at, N1, first, total, M, BN, BD)
     if W2 is not None:
         at, first, own = at - own, first + N1, tl.cdiv(N2, BN)
         if (at >= 0) & (at < own):
-            part(X, W2, BIAS2, Y, D, r, inside, at, N2, first, total, M, BN, BD)
+            part(X2, W2, BIAS2, Y, D, r, inside, at, N2, first, total, M, BN, BD)
     if W3 is not None:
         at, first, own = at - own, first + N2, tl.cdiv(N3, BN)
         if at >= 0:
-            part(X, W3, BIAS3, Y, D, r, inside, at, N3, first, total, M, BN, BD)
+            part(X3, W3, BIAS3, Y, D, r, inside, at, N3, first, total, M, BN, BD)
 
 
 def tiles(count: int, width: int) -> dict[str, int]:
@@ -98,14 +99,15 @@ def tiles(count: int, width: int) -> dict[str, int]:
     return {"M": height, "BN": columns, "BD": block}
 
 
-def several(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, ...]:
-    """Products of x `[ROWS, D]`, at most 8 rows, with each of two to four matrices that lie in one piece, in one launch; no gradients.
+def several(xs: list[Tensor], weights: list[Tensor], biases: list[Tensor | None]) -> tuple[Tensor, ...]:
+    """Products of two to four x `[ROWS, D]`, at most 8 rows, each with its matrix that lies in one piece, in one launch; no gradients.
     They are columns of one tensor."""
-    x, sizes, absent = x.contiguous(), [w.shape[0] for w in weights], [None] * (4 - len(weights))
-    y, tile = x.new_empty(x.shape[0], sum(sizes)), tiles(*x.shape)
+    xs, sizes, absent = [x.contiguous() for x in xs], [w.shape[0] for w in weights], [None] * (4 - len(weights))
+    (count, width), total = xs[0].shape, sum(sizes)
+    y, tile = xs[0].new_empty(count, total), tiles(count, width)
     launch(
         side_by_side, sum(cdiv(size, tile["BN"]) for size in sizes),
-        x, *weights, *absent, *biases, *absent, y, x.shape[0], *sizes, *(0 for _ in absent), x.shape[1], **tile,
+        *xs, *absent, *weights, *absent, *biases, *absent, y, count, *sizes, *(0 for _ in absent), width, **tile,
     )  # fmt: skip
     return y.split(sizes, dim=-1)
 
