@@ -18,7 +18,7 @@ from zoo.layout import Layout, Rule, drop, rename
 from zoo.registry import register
 from zoo.relative import LocalConfig, RelativeConfig
 from zoo.seq2seq import CrossAttentionConfig, Seq2SeqConfig, StackConfig
-from zoo.terms import foreign_activation, own_activation
+from zoo.terms import foreign_activation, inner_size, own_activation
 
 
 @strict
@@ -96,7 +96,10 @@ def to_foreign(config: LongT5Config) -> dict:
     kind = {"encoder_attention_type": "local"}
     if config.global_block:
         kind = {"encoder_attention_type": GLOBAL, "global_block_size": config.global_block}
+    inner = inner_size(config) if config.channel_mixer == "swiglu" else config.intermediate_size or 4 * config.hidden_size
     return {name: getattr(config, own) for own, name in RENAMED.items()} | kind | {
+        "d_ff": inner,
+        "d_kv": config.head_dim or config.divide("hidden_size", "num_heads"),
         "feed_forward_proj": gated if config.channel_mixer == "swiglu" else act,
         "tie_word_embeddings": config.logit_scale != 1.0,
         "decoder_start_token_id": config.decoder_start_token_id,

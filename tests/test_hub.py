@@ -243,10 +243,11 @@ def test_what_an_author_wrote_stays(hub, folder):
     assert again.replace("language: en\n", "").replace("\nMy words.\n", "") == card and "My words." in again and "language: en" in again
 
 
-@pytest.mark.parametrize("name", zoo.list_models(encoder_decoder=False))
+@pytest.mark.parametrize("name", zoo.list_models())
 def test_every_architecture_can_be_described(name, tmp_path):
     config = zoo.build_config(f"{name}-tiny")
-    for suffix in ("ForCausalLM" if config.causal else "ForMaskedLM", "ForSequenceClassification"):
+    single = ("ForCausalLM" if config.causal else "ForMaskedLM", "ForSequenceClassification")
+    for suffix in ("ForConditionalGeneration",) if config.is_encoder_decoder else single:
         config.architectures = [zoo.registry.get(name).models[suffix].__name__]
         config.save_pretrained(tmp_path)
         (tmp_path / "model.safetensors").touch()
