@@ -65,7 +65,7 @@ def method_of(args: argparse.Namespace) -> Method:
         changes[name] = value(given)
     method = load_recipe(args.recipe, changes)
     if method.keep and not isinstance(method.keep, tuple) and method.select == "none":
-        method = load_recipe(args.recipe, changes | {"select": "restore"})
+        method = load_recipe(args.recipe, changes | {"select": "both"})
     names = [stage.name for stage in method.stages]
     if args.stages is not None:
         for name in args.stages:
@@ -213,12 +213,12 @@ def data_arguments(sub: argparse.ArgumentParser) -> None:
 def select_arguments(sub: argparse.ArgumentParser) -> None:
     sub.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     sub.add_argument("teacher", help=TEACHER)
-    sub.add_argument("--signal", default="restore", help=f"what is measured: {', '.join(SIGNALS)}")
+    sub.add_argument("--signal", default="both", help=f"what is measured: {', '.join(SIGNALS)}")
     sub.add_argument("--keep-attention", dest="keep", type=int, nargs="+", help="how many layers are to stay; several numbers")
     sub.add_argument("--aligned", metavar="FOLDER", help=f"a finished run that kept no attention; {', '.join(ALIGNED)} need it")
     sub.add_argument("--must-keep", type=int, nargs="+", default=[], metavar="LAYER", help="layers that stay whatever their scores")
     sub.add_argument("--min-gap", type=int, default=1, help="how far apart two layers that stay are at least")
-    sub.add_argument("--window", type=int, default=64, help="that is probed by window, and by restore without --aligned")
+    sub.add_argument("--window", type=int, default=64, help="that is probed by window and both, and by restore without --aligned")
     sub.add_argument("--sinks", type=int, default=4, help="first tokens that stay visible to it")
     sub.add_argument("--rows", type=int, default=2, help="of text")
     sub.add_argument("--length", type=int, default=512, help="of a row")

@@ -63,6 +63,11 @@ def teacher_but_mixers(teacher, aligned):
     return aligned
 
 
+def test_both_is_the_sum_of_shares(teacher):
+    window, restore, both = (torch.tensor(layer_scores(s, teacher, tokens(), window=6, sinks=2)) for s in ("window", "restore", "both"))
+    torch.testing.assert_close(both, window / window.abs().sum() + restore / restore.abs().sum())
+
+
 def test_a_restored_layer_is_a_hybrid_that_keeps_one(teacher, aligned):
     scores = layer_scores("restore", teacher, tokens(), aligned=aligned)
     whole = divergence(aligned, teacher)

@@ -39,7 +39,7 @@ STARTS = {  # what of a mixer the teacher has no weight for -> how it may begin;
     "skip": ("native", "zero"),
     "values": ("native", "measured"),
 }
-SELECTORS = ("none", "uniform", "window", "recall", "bypass", "swap", "restore")  # how the layers that stay are found
+SELECTORS = ("none", "uniform", "window", "recall", "bypass", "swap", "restore", "both")  # how the layers that stay are found
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
     bypass    ... when one layer's mixer is left out
     swap      ... when one layer's attention is replaced by the aligned mixer (SMART, as in Zebra-Llama)
     restore   a student that has given up attention everywhere comes nearer its teacher when one layer gets it back (arXiv:2512.20569)
+    both      what the first layer to lose its view costs and what the first to get it back is worth: the shares of window and restore
     recall    a swap costs more of what is looked up in the context than of all else (HALO, arXiv:2601.22156)
 
 `swap` and `recall` read a student whose every layer was aligned, `restore` reads it or, where there is none, the teacher with a window in
@@ -26,7 +27,7 @@ from zoo.convert.student import attention_entry, converted_layers
 from zoo.mixer import Traits
 from zoo.models.hybrid import HybridConfig
 
-SIGNALS = ("uniform", "window", "bypass", "swap", "restore", "recall")
+SIGNALS = ("uniform", "window", "bypass", "swap", "restore", "both", "recall")
 ALIGNED = ("swap", "recall")  # those that need an aligned student
 FLOOR, LARGEST = 1e-4, 50.0  # of the ratio: what its denominator is at least, and the highest score it gives
 
@@ -55,7 +56,7 @@ def layer_scores(
         teacher: a zoo transformer language model.
         rows: `[N, T]` token ids of text.
         aligned: a student of it whose every layer was replaced and aligned, for the signals that read one.
-        window, sinks: of the signal "window", and of "restore" without an aligned student.
+        window, sinks: of the signals "window" and "both", and of "restore" without an aligned student.
         seed: of what is copied for "recall".
         label: of a progress bar; None shows none.
 
@@ -71,6 +72,10 @@ def layer_scores(
         return window_sensitivity(teacher, rows, window=window, sinks=sinks, label=label)
     if signal == "bypass":
         return divergences(teacher, rows, (Silent() for _ in teacher.model.layers), label=label)
+    if signal == "both":
+        options = {"aligned": aligned, "window": window, "sinks": sinks, "label": label}
+        found = [torch.tensor(layer_scores(one, teacher, rows, **options), dtype=torch.float64) for one in ("window", "restore")]
+        return sum(scores / scores.abs().sum() for scores in found).tolist()
     if signal == "restore" and aligned is None:
         check_rows(rows, window)
         narrow = list(narrowed(teacher, window, sinks))
