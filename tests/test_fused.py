@@ -6,6 +6,7 @@ Kernels multiply in the dtype of their inputs, so a float32 state of bfloat16 in
 import copy
 import importlib
 import inspect
+import itertools
 from contextlib import nullcontext
 from types import MethodType
 from unittest import mock
@@ -38,7 +39,20 @@ def takes(op, draw) -> bool:
 CASES = [
     pytest.param(op, draw, id=f"{op.name}-{case}") for op in OPS.values() if op.fused for case, draw in op.cases.items() if takes(op, draw)
 ]
-every_case = pytest.mark.parametrize("op, draw", CASES)
+
+
+def sampled(offset: int, always: tuple = (), **axes: list):
+    """Every case with all values of some arguments: all of them on a GPU, elsewhere a quarter, the rest being `slow`.
+
+    Args: offset: which quarter, so that properties share the cases out among them; always: values that are never left out.
+    """
+    rows = []
+    for i, case in enumerate(CASES):
+        for j, values in enumerate(itertools.product(*axes.values())):
+            kept = DEVICE == "cuda" or (i + j + offset) % 4 == 0 or any(value in always for value in values)
+            marks = () if kept else pytest.mark.slow
+            rows.append(pytest.param(*case.values, *values, id="-".join([case.id, *map(str, values)]), marks=marks))
+    return pytest.mark.parametrize(", ".join(["op, draw", *axes]), rows)
 
 
 def on_device(value):
@@ -78,14 +92,12 @@ def compare(op, given: dict, dtype: torch.dtype, packing: Packing | None = None)
         assert_close(result_grads[name], plain_grads[name], exact_grads[name], f"gradient of {name}", gradient=True, dtype=dtype)
 
 
-@every_case
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@sampled(0, always=(torch.float32,), dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_agrees(op, draw, dtype):
     compare(op, inputs(draw, 2, CHUNK + 5), dtype)
 
 
-@every_case
-@pytest.mark.parametrize("length", [1, 2, CHUNK - 1, CHUNK, 3 * CHUNK + 7])
+@sampled(0, length=[1, 2, CHUNK - 1, CHUNK, 3 * CHUNK + 7])
 def test_any_length(op, draw, length):
     compare(op, inputs(draw, 1, length), torch.float32)
 
@@ -214,7 +226,7 @@ def test_maps_of_one_input_are_one_launch(rows, width, sizes, launches, bias):
         assert_close(y.cpu(), other.cpu(), layer.double()(given.double()).cpu(), f"{layer.out_features} columns")
 
 
-@every_case
+@sampled(0)
 def test_segments_of_one_sequence(op, draw, monkeypatch):
     """Long enough to be cut up among programs."""
     module = importlib.import_module(op.fused)
@@ -223,7 +235,7 @@ def test_segments_of_one_sequence(op, draw, monkeypatch):
     compare(op, inputs(draw, 1, 2 * (128 if hasattr(module, "ANCHOR") else 512) + 9), torch.float32)
 
 
-@every_case
+@sampled(1)
 def test_packed_equals_separate(op, draw):
     if "packing" not in inspect.signature(op.call).parameters:
         return
@@ -234,7 +246,7 @@ def test_packed_equals_separate(op, draw):
     compare(op, given, torch.float32, Packing.from_lengths(lengths))
 
 
-@every_case
+@sampled(2)
 def test_pieces_equal_the_whole(op, draw):
     length, cut = CHUNK + 9, 30
     given = inputs(draw, 1, length)
@@ -251,7 +263,7 @@ def test_pieces_equal_the_whole(op, draw):
     assert_close(state.cpu(), plain[1], exact[1], "state")
 
 
-@every_case
+@sampled(3)
 def test_inputs_are_kept_strides_do_not_matter_and_runs_repeat(op, draw):
     given = {n: on_device(v) for n, v in cast(inputs(draw, 2, CHUNK + 5), torch.bfloat16).items()}
     before = {n: v.clone() for n, v in given.items() if isinstance(v, torch.Tensor)}
@@ -271,8 +283,7 @@ def test_norms_without_some_of_their_parts(case, absent):
     compare(op, inputs(op.cases[case], 2, 20) | dict.fromkeys(absent.split()), torch.float32)
 
 
-@every_case
-@pytest.mark.parametrize("log_decay", [0.0, -1e-6, -80.0, -1e4])
+@sampled(0, log_decay=[0.0, -1e-6, -80.0, -1e4])
 def test_hostile_decays(op, draw, log_decay):
     """From keeping all to forgetting all, alone and beside gentle decays."""
     given = inputs(draw, 1, CHUNK + 3)
@@ -296,7 +307,7 @@ def test_listed_blocks_that_are_tiles(filled, monkeypatch):
     compare(OPS["block_attention"], {"q": q, "k": k, "v": v, "chosen": chosen, "size": 32, "causal": True}, torch.float32)
 
 
-@every_case
+@sampled(1)
 def test_compiles(op, draw):
     given = {n: on_device(v) for n, v in cast(inputs(draw, 2, 20), torch.float32).items()}
     leaves = learnt(op, given)
