@@ -99,7 +99,14 @@ def test_agrees(op, draw, dtype):
 
 @sampled(0, length=[1, 2, CHUNK - 1, CHUNK, 3 * CHUNK + 7])
 def test_any_length(op, draw, length):
-    compare(op, inputs(draw, 1, length), torch.float32)
+    given = inputs(draw, 1, length)
+    if length == 1 and op.name.endswith("attention"):  # whose gradient is exactly nothing then, beside which every rounding is too much
+        outs = [run(op, cast(given, d), backend="reference") for d in (torch.float64, torch.float32)]
+        result = run(op, {n: on_device(v) for n, v in cast(given, torch.float32).items()}, backend="fused")
+        for x, p, r in zip(result, outs[1], outs[0], strict=True):
+            assert_close(x.cpu(), p, r, "a single token")
+        return
+    compare(op, given, torch.float32)
 
 
 STEPS = [

@@ -309,7 +309,8 @@ def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (once(partial(t.to, x.dtype), t, x.dtype) for t in table)
     width = cos.shape[-1]
     turning = x[..., :width]
-    turned = turning * cos + turning.roll(width // 2, -1) * sin
+    first, second = turning.split(width // 2, dim=-1)
+    turned = turning * cos + torch.cat([second, first], dim=-1) * sin  # what compilers expect of `roll`'s strides is not what it gives
     return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
 
 
