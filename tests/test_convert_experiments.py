@@ -25,7 +25,7 @@ def experiment(tmp_path):
 
     def make(**kwargs) -> Experiment:
         return Experiment(
-            tmp_path / "root", str(tmp_path / "teacher"), (str(tmp_path / "text.txt"),), trials, lambda line: None, changes=CHANGES,
+            tmp_path / "root", str(tmp_path / "teacher"), (str(tmp_path / "text.txt"),), trials, lambda line: None, changes=dict(CHANGES),
             also=(str(tmp_path / "text.txt"),), measures=Measures((32, 48), trials=1, prompts=2, written=4), **kwargs,
         )  # fmt: skip
 
