@@ -37,10 +37,7 @@ class GatedAttentionConfig(ZooConfig):
 
     def validate_heads(self):
         """Heads must divide evenly."""
-        if self.head_dim is None:
-            self.divide("hidden_size", "num_heads")
-        if self.num_kv_heads is not None:
-            self.divide("num_heads", "num_kv_heads")
+        self.divide_heads()
 
     def validate_rope_scaling(self):
         """The scaling must be one that `zoo.layers.rotary_table` knows."""

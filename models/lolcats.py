@@ -51,10 +51,7 @@ class LolcatsConfig(ZooConfig):
 
     def validate_heads(self):
         """Heads must divide evenly, and the window hold a token."""
-        if self.head_dim is None:
-            self.divide("hidden_size", "num_heads")
-        if self.num_kv_heads is not None:
-            self.divide("num_heads", "num_kv_heads")
+        self.divide_heads()
         if self.window < 1 or (self.feature_dim is not None and self.feature_dim < 1):
             raise ValueError(f"LolcatsConfig: window={self.window} and feature_dim={self.feature_dim} must be positive")
 

@@ -36,10 +36,7 @@ class MoBAConfig(ZooConfig):
 
     def validate_heads(self):
         """Heads must divide evenly."""
-        if self.head_dim is None:
-            self.divide("hidden_size", "num_heads")
-        if self.num_kv_heads is not None:
-            self.divide("num_heads", "num_kv_heads")
+        self.divide_heads()
 
     def validate_blocks(self):
         """A block holds something, and a token sees its own."""

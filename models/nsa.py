@@ -49,10 +49,7 @@ class NSAConfig(ZooConfig):
 
     def validate_heads(self):
         """Heads must divide evenly."""
-        if self.head_dim is None:
-            self.divide("hidden_size", "num_heads")
-        if self.num_kv_heads is not None:
-            self.divide("num_heads", "num_kv_heads")
+        self.divide_heads()
 
     def validate_blocks(self):
         """Windows begin where blocks do, and the blocks that are always seen fit on the list."""

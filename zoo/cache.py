@@ -128,6 +128,14 @@ def check_cache(cache, layers: int) -> ZooCache:
     return cache
 
 
+def static_capacity(generation_config, length: int) -> int | None:
+    """How many tokens a cache for `generate` is to hold from the beginning, None for as many as come; ValueError for other kinds."""
+    kind = generation_config.cache_implementation
+    if kind not in (None, "dynamic", "static"):
+        raise ValueError(f"cache_implementation={kind!r} does not suit a zoo model; use 'dynamic' or 'static'")
+    return length + 1 if kind == "static" else None
+
+
 def room(state: State | None, block, cache: ZooCache | None, batch: int, dtype: torch.dtype, device) -> State | None:
     """The state a layer starts from: with a reserving cache, buffers of their final size at the first call."""
     if state is None and cache is not None and cache.max_length is not None:

@@ -125,5 +125,12 @@ class ZooConfig(PreTrainedConfig):
             raise ValueError(f"{type(self).__name__}: {whole}={total} is not divisible by {parts}={count}")
         return total // count
 
+    def divide_heads(self) -> None:
+        """Raise unless heads have whole channels of the width, where no `head_dim` is given, and share groups of keys evenly."""
+        if self.head_dim is None:
+            self.divide("hidden_size", "num_heads")
+        if self.num_kv_heads is not None:
+            self.divide("num_heads", "num_kv_heads")
+
 
 _SHARED = {f.name for f in dataclasses.fields(ZooConfig)} - {f.name for f in dataclasses.fields(PreTrainedConfig)}

@@ -19,7 +19,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from zoo.block import Block
-from zoo.cache import ZooCache, check_cache, room
+from zoo.cache import ZooCache, check_cache, room, static_capacity
 from zoo.channel import activation
 from zoo.config import ZooConfig
 from zoo.decode import Steps, obstacle, pieces
@@ -231,13 +231,11 @@ class ZooGenerationMixin(GenerationMixin):
     ):
         if generation_config.use_cache is False:
             return
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic", "static"):
-            raise ValueError(f"cache_implementation={kind!r} does not suit a zoo model; use 'dynamic' or 'static'")
+        capacity = static_capacity(generation_config, max_cache_length)
         model_kwargs.pop("position_ids", None)  # a zoo model counts positions itself
         own = model_kwargs.get("past_key_values") is None
         if own:
-            model_kwargs["past_key_values"] = ZooCache(len(self.model.layers), max_cache_length + 1 if kind == "static" else None)
+            model_kwargs["past_key_values"] = ZooCache(len(self.model.layers), capacity)
         if obstacle(self) is None:
             keep = own and not generation_config.return_dict_in_generate
             model_kwargs["steps"] = Steps(self, max_cache_length + 1, keep)

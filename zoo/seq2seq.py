@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2
 from transformers.utils import can_return_tuple
 
 from zoo import ops
-from zoo.cache import ZooCache
+from zoo.cache import ZooCache, static_capacity
 from zoo.config import ZooConfig
 from zoo.kernels.attention import flops
 from zoo.kernels.packing import Packing
@@ -262,12 +262,9 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
     ):
         if generation_config.use_cache is False:
             return
-        kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic", "static"):
-            raise ValueError(f"cache_implementation={kind!r} does not suit a zoo model; use 'dynamic' or 'static'")
+        capacity = static_capacity(generation_config, max_cache_length)
         if model_kwargs.get("past_key_values") is None:
-            room = max_cache_length + 1 if kind == "static" else None
-            model_kwargs["past_key_values"] = ZooCache(len(self.model.decoder.layers), room)
+            model_kwargs["past_key_values"] = ZooCache(len(self.model.decoder.layers), capacity)
 
 
 SHELLS = {"Model": ZooSeq2SeqModel, "ForConditionalGeneration": ZooForConditionalGeneration}

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM
 from zoo.auto import model_class
 from zoo.evaluate.closeness import assert_close
 from zoo.evaluate.conformance import refused
-from zoo.evaluate.model_properties import left_padded, twice
+from zoo.evaluate.model_properties import learn_by_heart, left_padded, twice
 from zoo.registry import build_config, get
 
 SEQ2SEQ_PROPERTIES: dict[str, Callable[["Pair"], None]] = {}
@@ -183,16 +183,7 @@ def checkpointing_changes_nothing(pair: Pair) -> None:
 @of_pairs
 def learns_a_batch_by_heart(pair: Pair) -> None:
     model, ids, labels = pair.model(push=False).train(), pair.tokens(2, 12), pair.tokens(2, WRITTEN, seed=2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    losses = []
-    for _ in range(60):
-        loss = model(ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.2 * losses[0], f"the loss went from {losses[0]:.2f} only to {losses[-1]:.2f} in 60 steps"
+    learn_by_heart(model, ids, labels)
 
 
 @of_pairs
