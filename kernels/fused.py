@@ -5,6 +5,8 @@ import triton
 from triton import language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret  # whose bf16 products are wrong
+SAFE = tl.constexpr(40.0)  # e^40 squared, times a few thousand, is finite in float32 and bfloat16
+LEAST = tl.constexpr(-80.0)  # e^-80 of anything representable beside it is nothing; sums over a chunk stay small
 
 
 def numbers(dtype: torch.dtype):
@@ -32,3 +34,18 @@ def load_tile(X, i, c, stride, left, channels, EVEN: tl.constexpr, TYPE: tl.cons
     if EVEN:
         return tl.load(X + i[:, None] * stride + c[None, :], mask=i[:, None] < left, other=0.0).to(TYPE)
     return tl.load(X + i[:, None] * stride + c[None, :], mask=(i[:, None] < left) & (c[None, :] < channels), other=0.0).to(TYPE)
+
+
+@triton.jit
+def halves(i, j, half):
+    """Which of tokens i lie in the second half of a block whose first half holds j."""
+    return ((i & -(2 * half)) == (j & -(2 * half))) & ((i & half) != 0) & ((j & half) == 0)
+
+
+@triton.jit
+def factors(SUMS, sums, read, i, d, stride, left, D, half):
+    """exp(read_t - e) for queries and exp(e - G_s) for keys, G being SUMS, and e that at the edge between the halves of the block of
+    `2 half` tokens they lie in."""
+    at = tl.minimum((i & -(2 * half)) + half - 1, left - 1)
+    edge = tl.load(SUMS + at[:, None] * stride + d[None, :], mask=d[None, :] < D, other=0.0)
+    return tl.exp(tl.minimum(read - edge, 0.0)), tl.exp(tl.minimum(edge - sums, 0.0))

@@ -15,10 +15,7 @@ import triton
 from triton import language as tl
 
 from zoo.kernels.delta_rule.fused_delta import CHANNEL, chunk_of, load_edges, store_tile, surprises
-from zoo.kernels.delta_rule.fused_shared import LEAST
-from zoo.kernels.fused import load_tile, segment_of
-
-SAFE = tl.constexpr(40.0)  # e^40 squared, times a few thousand, is finite in float32 and bfloat16
+from zoo.kernels.fused import LEAST, SAFE, factors, halves, load_tile, segment_of
 
 
 @triton.jit
@@ -64,20 +61,6 @@ def scale(
 
 
 @triton.jit
-def factors(SUMS, sums, i, d, stride, left, D, half):
-    """exp(G_t - e) for queries and exp(e - G_s) for keys, e at the edge between the halves of the block of `2 half` tokens they lie in."""
-    at = tl.minimum((i & -(2 * half)) + half - 1, left - 1)
-    edge = tl.load(SUMS + at[:, None] * stride + d[None, :], mask=d[None, :] < D, other=0.0)
-    return tl.exp(tl.minimum(sums - edge, 0.0)), tl.exp(tl.minimum(edge - sums, 0.0))
-
-
-@triton.jit
-def halves(i, j, half):
-    """Which of tokens i lie in the second half of a block whose first half holds j."""
-    return ((i & -(2 * half)) == (j & -(2 * half))) & ((i & half) != 0) & ((j & half) == 0)
-
-
-@triton.jit
 def exact_scores(
     Q, K, SUMS, P, KK, SAFES, TABLE,
     q_b, q_t, q_h, k_b, k_t, k_h, q_rep, k_rep, factor, LENGTH, H, D,
@@ -103,7 +86,7 @@ def exact_scores(
         sums = load_tile(SUMS, i, d, across, left, D, False, ACC)
         half = C // 2
         while half >= 1:
-            query, key = factors(SUMS, sums, i, d, across, left, D, half)
+            query, key = factors(SUMS, sums, sums, i, d, across, left, D, half)
             writer, mask = tl.trans((k * key).to(TYPE)), halves(i[:, None], i[None, :], half)
             p += tl.where(mask, tl.dot((q * query).to(TYPE), writer, input_precision=PRECISION, out_dtype=ACC), 0.0)
             kk += tl.where(mask, tl.dot((k * query).to(TYPE), writer, input_precision=PRECISION, out_dtype=ACC), 0.0)
@@ -218,7 +201,7 @@ def exact_gradients(
         dkw += same[:, None] * q
         half = C // 2
         while half >= 1:
-            query, key = factors(SUMS + own, sums, i, d, across, left, D, half)
+            query, key = factors(SUMS + own, sums, sums, i, d, across, left, D, half)
             mask, maskt = halves(i[:, None], i[None, :], half), halves(i[None, :], i[:, None], half)
             writer, asked, reader = (k * key).to(TYPE), (q * query).to(TYPE), (k * query).to(TYPE)
             dq += tl.dot(tl.where(mask, n, 0.0), writer, input_precision=PRECISION, out_dtype=ACC) * query

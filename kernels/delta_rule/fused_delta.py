@@ -32,8 +32,8 @@ forward, 2.5 times that backward. With chunks of D / 2 tokens these kernels move
 import triton
 from triton import language as tl
 
-from zoo.kernels.delta_rule.fused_shared import LEAST, unit_lower_inverse
-from zoo.kernels.fused import load_tile, segment_of
+from zoo.kernels.delta_rule.fused_shared import unit_lower_inverse
+from zoo.kernels.fused import LEAST, load_tile, segment_of
 
 NONE, TOKEN, CHANNEL = (tl.constexpr(kind) for kind in range(3))  # decays
 

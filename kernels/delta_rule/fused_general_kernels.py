@@ -27,10 +27,8 @@ is 50 D and 140 D: the backward makes them anew.
 import triton
 from triton import language as tl
 
-from zoo.kernels.delta_rule.fused_shared import LEAST, unit_lower_inverse
-from zoo.kernels.fused import load_tile, segment_of
-
-SAFE = tl.constexpr(40.0)  # e^40 squared, times a few thousand, is finite in float32 and bfloat16
+from zoo.kernels.delta_rule.fused_shared import unit_lower_inverse
+from zoo.kernels.fused import LEAST, SAFE, halves, load_tile, segment_of
 
 
 @triton.jit
@@ -56,12 +54,6 @@ def edge_factors(sums, query, i, half):
     at = ((i & -(2 * half)) + half - 1)[:, None]
     edge = tl.gather(sums, tl.broadcast_to(at, sums.shape[0], sums.shape[1]), 0)
     return tl.exp(tl.minimum(query - edge, 0.0)), tl.exp(tl.minimum(edge - sums, 0.0))
-
-
-@triton.jit
-def halves(i, j, half):
-    """Which of tokens i lie in the second half of a block whose first half holds j."""
-    return ((i & -(2 * half)) == (j & -(2 * half))) & ((i & half) != 0) & ((j & half) == 0)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 import triton
 from triton import language as tl
 
-LEAST = tl.constexpr(-80.0)  # e^-80 of anything representable beside it is nothing; sums over a chunk stay small
+from zoo.kernels.fused import halves
 
 
 @triton.jit
@@ -17,8 +17,7 @@ def unit_lower_inverse(a, i, C: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.c
     t = tl.where(row == column, 1.0, 0.0).to(ACC) - tl.where((row // 2) == (column // 2), a, 0.0)
     half = 2
     while half < C:
-        below = ((row & -(2 * half)) == (column & -(2 * half))) & ((row & half) != 0) & ((column & half) == 0)
-        moved = tl.dot(tl.where(below, a, 0.0), t, input_precision=PRECISION, out_dtype=ACC)
+        moved = tl.dot(tl.where(halves(row, column, half), a, 0.0), t, input_precision=PRECISION, out_dtype=ACC)
         t -= tl.dot(t, moved, input_precision=PRECISION, out_dtype=ACC)
         half *= 2
     return t

@@ -14,8 +14,8 @@ Floor, K = V = D channels of two bytes, decays too, per token and head: 10 D byt
 import triton
 from triton import language as tl
 
-from zoo.kernels.fused import load_tile, segment_of
-from zoo.kernels.linear_attention.fused_scalar import LEAST, SAFE, chunk_of
+from zoo.kernels.fused import LEAST, SAFE, factors, halves, load_tile, segment_of
+from zoo.kernels.linear_attention.fused_scalar import chunk_of
 
 
 @triton.jit
@@ -86,20 +86,6 @@ def load_exact(SUMS, i, d, stride, left, D, EXCLUSIVE: tl.constexpr):
     if EXCLUSIVE:
         read = tl.load(SUMS + (i[:, None] - 1) * stride + d[None, :], mask=inside & (i[:, None] > 0), other=0.0)
     return sums, read
-
-
-@triton.jit
-def factors(SUMS, sums, read, i, d, stride, left, D, half):
-    """exp(G_t - e) for queries and exp(e - G_s) for keys, e at the edge between the halves of the block of `2 half` tokens they lie in."""
-    at = tl.minimum((i & -(2 * half)) + half - 1, left - 1)
-    edge = tl.load(SUMS + at[:, None] * stride + d[None, :], mask=d[None, :] < D, other=0.0)
-    return tl.exp(tl.minimum(read - edge, 0.0)), tl.exp(tl.minimum(edge - sums, 0.0))
-
-
-@triton.jit
-def halves(i, j, half):
-    """Which of tokens i lie in the second half of a block whose first half holds j."""
-    return ((i & -(2 * half)) == (j & -(2 * half))) & ((i & half) != 0) & ((j & half) == 0)
 
 
 @triton.jit

@@ -23,10 +23,8 @@ do in, dq, dk, dv out); 4 D^2 + 4 C D FLOP forward, 2.5 times that backward.
 import triton
 from triton import language as tl
 
-from zoo.kernels.fused import load_tile, segment_of
+from zoo.kernels.fused import LEAST, SAFE, load_tile, segment_of
 
-SAFE = tl.constexpr(40.0)  # e^40 squared, times a few thousand, is finite in float32 and bfloat16
-LEAST = tl.constexpr(-80.0)  # e^-80 of anything representable beside it is nothing; sums over a chunk stay small
 # decays: absent, per token, the same where not all chunks are scaled, per row or column of the state
 NONE, TOKEN, EXACT, ROWS, COLUMNS = (tl.constexpr(kind) for kind in range(5))
 
