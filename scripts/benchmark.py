@@ -15,14 +15,12 @@ python scripts/benchmark.py loading               # resident memory at its most 
 import argparse
 import dataclasses
 import json
-import os
 import platform
 import shlex
 import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest import mock
 
 import safetensors
 import torch
@@ -33,13 +31,12 @@ from zoo.evaluate.bench import decoding, report, throughput
 from zoo.evaluate.bench.backends import compare
 from zoo.evaluate.bench.case import ANYWHERE, chosen, lift_guard
 from zoo.evaluate.bench.measure import Clock, contenders, measure
-from zoo.evaluate.bench.warm import caches, warm
+from zoo.evaluate.bench.warm import compiled_in, tuning_for, warm
 from zoo.evaluate.loading import measure as measure_loading
 from zoo.evaluate.loading import random_checkpoint
 from zoo.ops import OPS
 
 DTYPES = ("bfloat16", "float16", "float32")
-OWN = {"FLA_FLASH_QLA": "0"}  # fla's kernels are its own; FlashQLA's, which it would call instead, have rows of their own
 
 
 def kernels(args: argparse.Namespace) -> None:
@@ -61,7 +58,7 @@ def gpu(args: argparse.Namespace) -> None:
     cases, cuda = chosen(args.cases, sizes), torch.device(args.device).type == "cuda"
     backends = args.backends or (["fused", "chunked"] if cuda else ["chunked"])
     peers = [] if args.peers == ["none"] else args.peers if args.peers or cuda else ANYWHERE
-    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, caches(cache) | OWN):  # empty: first calls compile
+    with compiled_in(args.cache), tuning_for(args.tune):
         if args.unguarded:
             lift_guard()
         firsts = {}
@@ -75,7 +72,7 @@ def gpu(args: argparse.Namespace) -> None:
         for case in cases:
             rows = list(measure(case, contenders(case, backends, peers), clock, dtype, args.unguarded))
             for row in rows:
-                row.first = firsts.get((row.case, row.contender)) or row.first
+                row.first = firsts.get((row.case, row.contender)) or (None if args.cache else row.first)
             results["rows"] += map(dataclasses.asdict, rows)
             print(f"{report.table(rows)}\n", flush=True)
             if args.output:  # as far as it has come, should the time run out
@@ -201,6 +198,10 @@ def parser() -> argparse.ArgumentParser:
     whole_gpu.add_argument("--backends", nargs="*", choices=["fused", "chunked", "reference"], help="(default: fused and chunked)")
     whole_gpu.add_argument("--warm", action="store_true", help="compile first, everybody in parallel processes of their own")
     whole_gpu.add_argument("--workers", type=int, default=8, help="how many such processes at once (default: 8)")
+    whole_gpu.add_argument("--cache", type=Path, help="folder to keep compiled kernels and tuned choices in (default: an empty one)")
+    whole_gpu.add_argument(
+        "--tune", type=float, metavar="MS", help="for a configuration of what tunes itself (default: its own)"
+    )
     whole_gpu.add_argument("--seconds", type=float, default=0.1, help="how long to repeat each measurement (default: 0.1)")
     training = add(train, "folder for training.json, .md and .png")
     training.add_argument("--models", nargs="*", default=list(throughput.MODELS), help="presets of zoo.list_presets()")

@@ -4,12 +4,14 @@ import dataclasses
 import importlib.machinery
 import json
 import math
+import shutil
 import sys
 import types
 
 import pytest
 import torch
 from torch import nn
+from triton.runtime.cache import FileCacheManager
 
 import zoo
 from zoo.__main__ import main
@@ -18,6 +20,7 @@ from zoo.evaluate.bench import measure as measuring
 from zoo.evaluate.bench.case import ANYWHERE, SMALL, Case, Peer, all_cases, chosen
 from zoo.evaluate.bench.families import attention
 from zoo.evaluate.bench.measure import Clock, Row, contenders, measure
+from zoo.evaluate.bench.warm import keep
 
 TINY = {"B": 1, "T": 32, "H": 2, "G": 1, "D": 8, "N": 3, "K": 8, "V": 8}
 CLOCK = Clock("cpu", seconds=0.0, rate=1e9)
@@ -215,6 +218,17 @@ def test_operators_are_benchmarked_by_command(tmp_path, capsys):
     (ran,) = results["runs"]
     assert "--cases 'linear_attention, decay by token'" in ran["command"] and ran["command"] in text and ran["bandwidth"] > 0
     assert (tmp_path / "operators.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_compiled_kernels_are_found_where_they_are_kept(tmp_path, monkeypatch):
+    for folder in ("made", "kept"):
+        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / folder))
+        manager = FileCacheManager("a" * 52)
+        if folder == "made":
+            manager.put_group("kernel.json", {"kernel.cubin": manager.put(b"code", "kernel.cubin")})
+            keep(tmp_path / "made", tmp_path / "kept")
+            shutil.rmtree(tmp_path / "made")
+    assert manager.get_group("kernel.json") == {"kernel.cubin": str(tmp_path / "kept" / ("a" * 52) / "kernel.cubin")}
 
 
 def test_runs_are_merged(tmp_path):

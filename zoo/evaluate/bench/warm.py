@@ -1,5 +1,6 @@
 """First calls of many contenders at once, each in a process with an empty cache of its own; what they compiled is kept together."""
 
+import importlib
 import json
 import os
 import shutil
@@ -8,12 +9,17 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from unittest import mock
 
 import torch
 
 from zoo.evaluate.bench.case import Case, chosen, lift_guard
 from zoo.evaluate.bench.measure import Clock, Problem, contenders, failure
 
+OWN = {"FLA_FLASH_QLA": "0"}  # fla's kernels are its own; FlashQLA's, which it would call instead, have rows of their own
 TUNING = {"FLA_CACHE_RESULTS": "0", "TRITON_CACHE_AUTOTUNING": "0"}  # whoever tunes itself does so again, alone on the device
 
 
@@ -37,7 +43,7 @@ def warm(
             environment = os.environ | TUNING | caches(cache)
             line = [sys.executable, "-m", __name__, json.dumps(what)]
             ran = subprocess.run(line, env=environment, capture_output=True, text=True)
-            shutil.copytree(cache, os.environ["TRITON_CACHE_DIR"], dirs_exist_ok=True)
+            keep(Path(cache), Path(os.environ["TRITON_CACHE_DIR"]))
         if ran.returncode:
             return case.label, name, None, (ran.stderr.strip().splitlines() or ["no output"])[-1]
         return case.label, name, float(ran.stdout.split()[-1]), ""
@@ -45,6 +51,32 @@ def warm(
     with ThreadPoolExecutor(workers) as pool:
         for done in as_completed([pool.submit(first, case, name) for (_, name), case in jobs.items()]):
             yield done.result()
+
+
+def keep(made: Path, folder: Path) -> None:
+    """Copy what was compiled to what is kept. Triton lists a kernel's files by their whole paths, which change."""
+    shutil.copytree(made, folder, dirs_exist_ok=True)
+    for lists in made.rglob("__grp__*"):
+        (folder / lists.relative_to(made)).write_text(lists.read_text().replace(str(made), str(folder)))
+
+
+@contextmanager
+def compiled_in(folder: Path | None) -> Iterator[None]:
+    """Keep compiled kernels, and what tuners chose, in this folder; or in an empty one that vanishes, so that first calls compile."""
+    where = nullcontext(folder.resolve()) if folder else tempfile.TemporaryDirectory()
+    with where as cache, mock.patch.dict(os.environ, caches(str(cache)) | OWN):
+        yield
+
+
+@contextmanager
+def tuning_for(milliseconds: float | None) -> Iterator[None]:
+    """Let libraries that tune themselves time every configuration for so long, not for the tenth of a second that is Triton's own."""
+    if milliseconds is None:
+        yield
+        return
+    testing = importlib.import_module("triton.testing")
+    with mock.patch.object(testing, "do_bench", partial(testing.do_bench, warmup=milliseconds / 4, rep=milliseconds)):
+        yield
 
 
 def caches(folder: str) -> dict[str, str]:
