@@ -199,9 +199,7 @@ def parser() -> argparse.ArgumentParser:
     whole_gpu.add_argument("--warm", action="store_true", help="compile first, everybody in parallel processes of their own")
     whole_gpu.add_argument("--workers", type=int, default=8, help="how many such processes at once (default: 8)")
     whole_gpu.add_argument("--cache", type=Path, help="folder to keep compiled kernels and tuned choices in (default: an empty one)")
-    whole_gpu.add_argument(
-        "--tune", type=float, metavar="MS", help="for a configuration of what tunes itself (default: its own)"
-    )
+    whole_gpu.add_argument("--tune", type=float, metavar="MS", help="for a configuration of what tunes itself (default: its own)")
     whole_gpu.add_argument("--seconds", type=float, default=0.1, help="how long to repeat each measurement (default: 0.1)")
     training = add(train, "folder for training.json, .md and .png")
     training.add_argument("--models", nargs="*", default=list(throughput.MODELS), help="presets of zoo.list_presets()")

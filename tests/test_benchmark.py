@@ -11,7 +11,6 @@ import types
 import pytest
 import torch
 from torch import nn
-from triton.runtime.cache import FileCacheManager
 
 import zoo
 from zoo.__main__ import main
@@ -220,15 +219,14 @@ def test_operators_are_benchmarked_by_command(tmp_path, capsys):
     assert (tmp_path / "operators.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_compiled_kernels_are_found_where_they_are_kept(tmp_path, monkeypatch):
-    for folder in ("made", "kept"):
-        monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / folder))
-        manager = FileCacheManager("a" * 52)
-        if folder == "made":
-            manager.put_group("kernel.json", {"kernel.cubin": manager.put(b"code", "kernel.cubin")})
-            keep(tmp_path / "made", tmp_path / "kept")
-            shutil.rmtree(tmp_path / "made")
-    assert manager.get_group("kernel.json") == {"kernel.cubin": str(tmp_path / "kept" / ("a" * 52) / "kernel.cubin")}
+def test_compiled_kernels_are_found_where_they_are_kept(tmp_path):
+    made, kept = tmp_path / "made" / "key", tmp_path / "kept" / "key"
+    made.mkdir(parents=True)
+    (made / "kernel.cubin").write_bytes(b"code")
+    (made / "__grp__kernel.json").write_text(json.dumps({"child_paths": {"kernel.cubin": str(made / "kernel.cubin")}}))
+    keep(made.parent, kept.parent)
+    (found,) = json.loads((kept / "__grp__kernel.json").read_text())["child_paths"].values()
+    assert found == str(kept / "kernel.cubin") and (kept / "kernel.cubin").read_bytes() == b"code"
 
 
 def test_runs_are_merged(tmp_path):
