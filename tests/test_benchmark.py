@@ -4,7 +4,6 @@ import dataclasses
 import importlib.machinery
 import json
 import math
-import shutil
 import sys
 import types
 
