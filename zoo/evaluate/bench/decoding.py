@@ -2,7 +2,7 @@
 
 import importlib.util
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,7 +35,8 @@ class Row:
     """Of one model and one length of prompt. Times are None where they were not measured, and `note` says why.
 
     first: seconds of the first call; ready: milliseconds from the call to the first token; step: median milliseconds of those after
-    it; floor: milliseconds in which memory gives the weights that a step reads; peak: bytes allocated at the most, weights included.
+    it; floor: milliseconds in which memory gives the weights that a step reads; peak: bytes allocated at the most, weights included;
+    held: bytes allocated beside the weights when the last token is there, that is the state, or the cache, and the tokens.
     """
 
     case: str
@@ -49,6 +50,7 @@ class Row:
     step: float | None = None
     floor: float | None = None
     peak: int | None = None
+    held: int | None = None
     note: str = ""
 
     @property
@@ -96,13 +98,14 @@ def foreign_config(config: ZooConfig):
 
 
 class Stopwatch(BaseStreamer):
-    """When each token was there; the first of `times` is when the prompt was handed in."""
+    """When each token was there, and what was allocated then; the first of `times` is when the prompt was handed in."""
 
-    def __init__(self, now: Callable[[], float]):
-        self.now, self.times = now, []
+    def __init__(self, clock: Clock):
+        self.clock, self.times, self.allocated = clock, [], None
 
     def put(self, value) -> None:
-        self.times.append(self.now())
+        self.times.append(self.clock.now())
+        self.allocated = torch.cuda.memory_allocated(self.clock.device) if self.clock.cuda else None
 
     def end(self) -> None:
         """Nothing is held back."""
@@ -150,13 +153,15 @@ def generate(row: Row, model: nn.Module, clock: Clock, tokens: int, options: dic
     row.first = clock.now() - start
     if clock.cuda:
         torch.cuda.reset_peak_memory_stats(clock.device)
-    watch, start = Stopwatch(clock.now), clock.now()
+    watch, start = Stopwatch(clock), clock.now()
     model.generate(ids, max_new_tokens=tokens, streamer=watch, **given)
     times = watch.times[1:]
     row.ready = 1e3 * (times[0] - start)
     if tokens > 1:
         row.step = 1e3 * statistics.median(after - before for before, after in pairwise(times))
-    row.peak = torch.cuda.max_memory_allocated(clock.device) if clock.cuda else None
+    if clock.cuda:
+        row.peak = torch.cuda.max_memory_allocated(clock.device)
+        row.held = watch.allocated - sum(p.nbytes for p in model.parameters())
 
 
 def step_bytes(model: nn.Module) -> int:
@@ -167,7 +172,8 @@ def step_bytes(model: nn.Module) -> int:
 
 WRITING = """Greedily, behind prompts of random tokens, with each library's `generate`; weights are random. `first call`: seconds until four
 tokens were there. `first token`: from a later call on. `a token`: the median of those after the first. `of the floor`: the share of
-it in which memory, copied at {rates} GB/s, could be read for every weight once."""
+it in which memory, copied at {rates} GB/s, could be read for every weight once. `held`: what was allocated beside the weights when the
+last token was there, that is the state, or the cache."""
 READING = """`generate` with prompts of random tokens until the first token is there, the weights being random; `first call`: the same
 when it was called first."""
 
@@ -205,11 +211,11 @@ def table(rows: Sequence[Row]) -> str:
         [row.model, row.library, f"{row.batch} x {row.context:,}", number(row.first, ".1f"), number(row.ready, ",.1f")]
         + ([number(row.step, ".3f"), number(row.written, ",.0f"), number(row.step and row.floor / row.step, ".0%")]
            if writing else [number(row.read, ",.0f")])
-        + [number(row.peak, ".1f", 2**-30)]
+        + [number(row.peak, ".1f", 2**-30), number(row.held, ",.1f", 2**-20)]
         for row in rows
     ]  # fmt: skip
     notes = "\n".join(f"- {row.case}, {row.library}: {row.note}" for row in rows if row.note)
-    return "\n\n".join(filter(None, [report.grid([*head, "peak, GiB"], lines), notes]))
+    return "\n\n".join(filter(None, [report.grid([*head, "peak, GiB", "held, MiB"], lines), notes]))
 
 
 def number(value: float | None, pattern: str, factor: float = 1.0) -> str:
