@@ -284,7 +284,7 @@ def test_reading_is_benchmarked_by_command_and_merged(tmp_path):
 
 def test_others_are_served_as_ours_are():
     names = ["mamba-tiny", "gated_deltanet-tiny"]
-    *ours, _, compiled = decoding.contenders(names, peers=True, launched=True)
+    *ours, _, compiled = decoding.contenders(names, peers=None, launched=True)
     assert [(who.name, who.library) for who in ours if who.library in ("zoo", "transformers")] == [
         ("mamba-tiny", "zoo"), ("mamba-tiny", "transformers"), ("gated_deltanet-tiny", "zoo"), (compiled.name, "transformers")
     ]  # fmt: skip

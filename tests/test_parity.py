@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import zoo
-from zoo.evaluate.loading import measure, random_checkpoint
+from zoo.evaluate.loading import KINDS, measure, random_checkpoint
 from zoo.evaluate.parity import Proof, find, has_oracle, make_trial, properties, prove, sampled, table, trial_names
 from zoo.layout import mapped, rename
 from zoo.registry import ARCHITECTURES, get
@@ -107,7 +107,7 @@ def test_the_table_of_all_layouts_is_up_to_date():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, dtype", [("llama", "auto"), ("phi3", "auto"), ("llama", "float32")])
+@pytest.mark.parametrize("kind, dtype", KINDS)
 def test_loading_holds_the_weights_once(tmp_path, kind, dtype):
     random_checkpoint(tmp_path, kind)
     result = measure(tmp_path, dtype)

@@ -1,10 +1,12 @@
 """What loading a foreign checkpoint costs in memory, on a Llama (or a Phi-3, whose tensors are split) of random weights."""
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +19,7 @@ SIZES = dict(
     hidden_size=1024, intermediate_size=2816, num_attention_heads=16, num_key_value_heads=16, vocab_size=32000, pad_token_id=0,
     bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
+KINDS = (("llama", "auto"), ("phi3", "auto"), ("llama", "float32"))  # model types, and dtypes to load them in
 SLACK = 300 * 2**20  # of what is neither the model nor a shard
 
 
@@ -80,3 +83,12 @@ def measure(folder: Path, dtype: str = "auto") -> Loading:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         model, peak = pool.submit(load, folder, dtype).result()
     return Loading(model=model, shard=max(files), shards=len(files), peak=peak)
+
+
+def weigh(size: int) -> Iterator[dict]:
+    """Make and load a checkpoint of each of `KINDS`, of about so many bytes: rows with the fields of `Loading`, and its bound."""
+    for kind, dtype in KINDS:
+        with TemporaryDirectory() as folder:
+            random_checkpoint(Path(folder), kind, size)
+            found = measure(Path(folder), dtype)
+        yield {"layout": kind, "dtype": dtype} | asdict(found) | {"bound": found.bound}

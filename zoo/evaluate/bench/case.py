@@ -187,3 +187,14 @@ def chosen(patterns: list[str], sizes: dict[str, int] | None = None) -> list[Cas
         raise ValueError(f"no case has a size {min(unknown)!r}; write it as --sizes B=1 T=64")
     picked = [case for case in cases if not patterns or any(pattern in case.label for pattern in patterns)]
     return list({(resized := case.resized(sizes or {})).label: resized for case in picked}.values())
+
+
+def read_sizes(texts: list[str]) -> dict[str, int]:
+    """`["B=1", "T=64"]` -> `{"B": 1, "T": 64}`."""
+    sizes = {}
+    for text in texts:
+        letter, _, size = text.partition("=")
+        if not size.isdigit() or not int(size):
+            raise ValueError(f"{text!r} is no size; write a letter and a number, as in T=64")
+        sizes[letter] = int(size)
+    return sizes

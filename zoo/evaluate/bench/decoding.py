@@ -1,6 +1,5 @@
 """How fast models read prompts and write behind them, as users have it: with `generate`, beside other libraries' models."""
 
-import importlib.util
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -19,7 +18,8 @@ from zoo.auto import from_config
 from zoo.config import ZooConfig
 from zoo.evaluate.bench import report
 from zoo.evaluate.bench.measure import Clock, failure
-from zoo.evaluate.bench.throughput import Contender, fla_layout, fla_model, llama_config, parameters
+from zoo.evaluate.bench.report import number
+from zoo.evaluate.bench.throughput import Contender, fla_layout, fla_model, llama_config, parameters, takes_part
 from zoo.registry import build_config, get
 
 MODELS = (
@@ -53,6 +53,9 @@ class Row:
     held: int | None = None
     note: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.case}, {self.library}: {self.note or f'{self.written or self.read:,.0f} tokens/s'}"
+
     @property
     def read(self) -> float | None:
         """Tokens of the prompt per second."""
@@ -64,20 +67,20 @@ class Row:
         return self.step and 1e3 * self.batch / self.step
 
 
-def contenders(names: Sequence[str], peers: bool, launched: bool = False) -> Iterator[Contender]:
-    """Ours; `launched`: also with steps that are not recorded; with `peers` the same architecture in transformers and in
-    flash-linear-attention, where they have it, and one Llama of the first one's size. The arguments are those of `generate`."""
+def contenders(names: Sequence[str], peers: Sequence[str] | None, launched: bool = False) -> Iterator[Contender]:
+    """Ours; `launched`: also with steps that are not recorded; of the `peers` (None: all) the same architecture in transformers and
+    in flash-linear-attention, where they have it, and one Llama of the first one's size. The arguments are those of `generate`."""
     configs = {name: build_config(name) for name in names}
     for name, config in configs.items():
         ours = lambda config=config: from_config(config)  # noqa: E731
         yield Contender(name, "zoo", ours, {})
         if launched:
             yield Contender(name, LAUNCHED, ours, {})
-        if peers and (theirs := foreign_config(config)) is not None:
+        if takes_part("transformers", peers) and (theirs := foreign_config(config)) is not None:
             yield Contender(name, "transformers", lambda theirs=theirs: AutoModelForCausalLM.from_config(theirs), {})
-        if peers and importlib.util.find_spec("fla") is not None and fla_layout(config) is not None:
+        if takes_part("fla", peers) and fla_layout(config) is not None:
             yield Contender(name, "fla", lambda config=config: fla_model(config), {})
-    if not peers:
+    if not takes_part("transformers", peers):
         return
     llama, static = llama_config(next(iter(configs.values()))), {"cache_implementation": "static"}
     name, build = f"llama, {llama.num_hidden_layers} layers of {llama.hidden_size}", lambda: LlamaForCausalLM(llama)
@@ -133,6 +136,8 @@ def serve(who: Contender, clock: Clock, contexts: Sequence[int], batches: Sequen
             if row.note or row.first > PATIENCE:
                 break
             expected = row.ready / 1e3
+    model = None  # so that what it holds can be freed
+    clock.clean()
 
 
 def built(who: Contender, device: str, dtype: torch.dtype) -> nn.Module:
@@ -214,9 +219,5 @@ def table(rows: Sequence[Row]) -> str:
         + [number(row.peak, ".1f", 2**-30), number(row.held, ",.1f", 2**-20)]
         for row in rows
     ]  # fmt: skip
-    notes = "\n".join(f"- {row.case}, {row.library}: {row.note}" for row in rows if row.note)
+    notes = "\n".join(f"- {row}" for row in rows if row.note)
     return "\n\n".join(filter(None, [report.grid([*head, "peak, GiB", "held, MiB"], lines), notes]))
-
-
-def number(value: float | None, pattern: str, factor: float = 1.0) -> str:
-    return "" if value is None else format(factor * value, pattern)

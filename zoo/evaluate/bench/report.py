@@ -46,13 +46,14 @@ def ratios(row: Row, rows: Sequence[Row]) -> tuple[float | None, float | None]:
     return tuple(peer / own if row.ours and own and peer else None for own, peer in pairs)
 
 
+def number(value: float | None, pattern: str, factor: float = 1.0, doubtful: bool = False) -> str:
+    """What a table says of a number: nothing where there is none, and in parentheses what is doubtful."""
+    text = "" if value is None else format(factor * value, pattern)
+    return f"({text})" if text and doubtful else text
+
+
 def cells(row: Row, rows: Sequence[Row]) -> list[str]:
     """What the table says of a row of this case. What is wrong has no time, or one in parentheses if it was asked for."""
-
-    def number(value: float | None, pattern: str, factor: float = 1.0, doubtful: bool = False) -> str:
-        text = "" if value is None else format(factor * value, pattern)
-        return f"({text})" if text and doubtful else text
-
     shares = [floor / time if floor and time else None for floor, time in ((row.forward_floor, row.forward), (row.both_floor, row.both))]
     pair = [f"{x:.2f}x" if x else "" for x in ratios(row, rows)]
     return [
@@ -146,22 +147,6 @@ def write(folder: Path, name: str, results: dict, text: str, bars: dict[str, dic
         return paths[:2]
     draw(bars, unit, f"{results['host']['device']}, {results['dtype']}", paths[2])
     return paths
-
-
-def merge(files: Sequence[Path], key: str) -> dict:
-    """Several runs' results as one. Where two have the same row[key] (a case, say), all rows of the later run stand.
-
-    Raises:
-        ValueError: they are not of the same machine, versions and dtype.
-    """
-    first, *others = (json.loads(file.read_text(encoding="utf-8")) for file in files)
-    for file, more in zip(files[1:], others, strict=True):
-        if differing := [name for name in ("host", "dtype") if more[name] != first[name]]:
-            raise ValueError(f"{file} has another {differing[0]} than {files[0]}: {more[differing[0]]}, not {first[differing[0]]}")
-        again = {row[key] for row in more["rows"]}
-        first["rows"] = [row for row in first["rows"] if row[key] not in again] + more["rows"]
-        first["runs"] += more["runs"]
-    return first
 
 
 def draw(bars: dict[str, dict[str, float]], label: str, title: str, path: Path) -> None:

@@ -17,6 +17,7 @@ from zoo.auto import from_config
 from zoo.config import ZooConfig
 from zoo.evaluate.bench import report
 from zoo.evaluate.bench.measure import Clock, failure
+from zoo.evaluate.bench.report import number
 from zoo.registry import build_config, get
 
 NEEDS = {"mamba2": "mamba_ssm"}  # without which flash-linear-attention's model falls back to plain torch
@@ -40,6 +41,9 @@ class Row:
     loss: float | None = None
     note: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.model}, {self.library}: {self.note or f'{self.tokens_per_second:,.0f} tokens/s'}"
+
 
 class Contender(NamedTuple):
     """A model to be built, and what its call is given beside tokens and labels, as its library's own trainer does."""
@@ -50,18 +54,23 @@ class Contender(NamedTuple):
     arguments: dict
 
 
-def contenders(names: list[str], peers: bool) -> Iterator[Contender]:
-    """Ours; with `peers` also those of flash-linear-attention, if it is installed; and one Llama of the first one's size."""
+def contenders(names: list[str], peers: Sequence[str] | None) -> Iterator[Contender]:
+    """Ours; of the `peers` (None: all) also those of flash-linear-attention; and one Llama of the first one's size."""
     configs = {name: build_config(name) for name in names}
     for name, config in configs.items():
         yield Contender(name, "zoo", lambda config=config: from_config(config), {"skip_logits": True})
-        if peers and importlib.util.find_spec("fla") is not None and fla_layout(config) is not None:
+        if takes_part("fla", peers) and fla_layout(config) is not None:
             needed = NEEDS.get(config.name, "fla")
             library = "fla" if importlib.util.find_spec(needed) is not None else f"fla without {needed}"
             yield Contender(name, library, lambda config=config: fla_model(config), {})
     llama = llama_config(next(iter(configs.values())))
     build = lambda: LlamaForCausalLM._from_config(llama, attn_implementation="sdpa")  # noqa: E731
     yield Contender(f"llama, {llama.num_hidden_layers} layers of {llama.hidden_size}, SDPA", "transformers", build, {})
+
+
+def takes_part(library: str, peers: Sequence[str] | None) -> bool:
+    """Whether a library is installed, and one of these words is in its name; None: whatever its name."""
+    return importlib.util.find_spec(library) is not None and (peers is None or any(word in library for word in peers))
 
 
 def fla_layout(config: ZooConfig):
@@ -137,25 +146,22 @@ in chunks of tokens, the others' from all logits at once."""
 HEADER = ("model", "library", "parameters", "first step, s", "step, ms", "tokens/s", "peak, GiB", "loss")
 
 
-def save(folder: Path, results: dict) -> list[Path]:
+def save(folder: Path, results: dict, picture: bool = True) -> list[Path]:
     """Write rows as `training.json`, .md and .png: see `report.write`."""
     rows, speeds = [Row(**row) for row in results["rows"]], {}
     for row in rows:
-        if row.tokens_per_second:
+        if row.tokens_per_second and picture:
             speeds.setdefault(row.model, {})[row.library] = row.tokens_per_second
     return report.write(folder, "training", results, report.page("Training", results, OPENING, table(rows)), speeds, "tokens per second")
 
 
 def table(rows: Sequence[Row]) -> str:
     """Of all models, and below it what went wrong."""
-    notes = "\n".join(f"- {row.model}, {row.library}: {row.note}" for row in rows if row.note)
+    notes = "\n".join(f"- {row}" for row in rows if row.note)
     return "\n\n".join(filter(None, [report.grid(HEADER, [cells(row) for row in rows]), notes]))
 
 
 def cells(row: Row) -> list[str]:
-    def number(value: float | None, pattern: str, factor: float = 1.0) -> str:
-        return "" if value is None else format(factor * value, pattern)
-
     return [
         row.model, row.library, f"{row.parameters:,}", number(row.first, ".2f"), number(row.step, ".1f"),
         number(row.tokens_per_second, ",.0f"), number(row.peak, ".1f", 2**-30), number(row.loss, ".2f"),
