@@ -62,25 +62,24 @@ def gpu(args: argparse.Namespace) -> None:
     cases, cuda = chosen(args.cases, sizes), torch.device(args.device).type == "cuda"
     backends = args.backends or (["fused", "chunked"] if cuda else ["chunked"])
     peers = args.peers or (None if cuda else ANYWHERE)
-    with compiled_in(args.cache), tuning_for(args.tune):
-        if args.unguarded:
-            lift_guard()
-        firsts = {}
-        if args.warm:
-            for label, name, seconds, why in warm(cases, sizes, backends, peers, args.device, dtype, args.workers, args.unguarded):
-                firsts[label, name] = seconds
-                print(f"{label}: {name}, {why or f'first call {seconds:.2f} s'}", file=sys.stderr, flush=True)
-        clock = Clock(args.device, args.seconds)
-        run = begin(args, "operators", bandwidth=clock.rate)
-        print(f"{run.head['host']['device']}: memory copied at {clock.rate / 1e9:,.0f} GB/s\n", flush=True)
-        for case in cases:
-            rows = list(measure(case, contenders(case, backends, peers), clock, dtype, args.unguarded))
-            for row in rows:
-                row.first = firsts.get((row.case, row.contender)) or (None if args.cache else row.first)
-            run.add(*rows)
-            print(f"{report.table(rows)}\n", flush=True)
-        run.save()
-        print(f"{time.monotonic() - started:.0f} s")
+    if args.unguarded:
+        lift_guard()
+    firsts = {}
+    if args.warm:
+        for label, name, seconds, why in warm(cases, sizes, backends, peers, args.device, dtype, args.workers, args.unguarded):
+            firsts[label, name] = seconds
+            print(f"{label}: {name}, {why or f'first call {seconds:.2f} s'}", file=sys.stderr, flush=True)
+    clock = Clock(args.device, args.seconds)
+    run = begin(args, "operators", bandwidth=clock.rate)
+    print(f"{run.head['host']['device']}: memory copied at {clock.rate / 1e9:,.0f} GB/s\n", flush=True)
+    for case in cases:
+        rows = list(measure(case, contenders(case, backends, peers), clock, dtype, args.unguarded))
+        for row in rows:
+            row.first = firsts.get((row.case, row.contender)) or (None if args.cache else row.first)
+        run.add(*rows)
+        print(f"{report.table(rows)}\n", flush=True)
+    run.save()
+    print(f"{time.monotonic() - started:.0f} s")
 
 
 def train(args: argparse.Namespace) -> None:
@@ -91,7 +90,7 @@ def train(args: argparse.Namespace) -> None:
     settings = dict(batch=args.batch, length=args.length, dtype=dtype, steps=args.steps, checkpointing=args.checkpointing)
     models = throughput.contenders(args.models, args.peers or (None if clock.cuda else []))
     rows = (throughput.throughput(who, clock, **settings) for who in models)
-    race(begin(args, "training"), rows, clock, throughput.table)
+    race(args, begin(args, "training"), rows, clock, throughput.table)
 
 
 def decode(args: argparse.Namespace) -> None:
@@ -109,12 +108,13 @@ def serve(args: argparse.Namespace, page: str, tokens: int, launched: bool = Fal
     clock, dtype = Clock(args.device), getattr(torch, args.dtype)
     models = decoding.contenders(args.models, args.peers or (None if clock.cuda else []), launched)
     rows = (row for who in models for row in decoding.serve(who, clock, args.contexts, args.batches, dtype, tokens))
-    race(begin(args, page, bandwidth=clock.rate), rows, clock, decoding.table)
+    race(args, begin(args, page, bandwidth=clock.rate), rows, clock, decoding.table)
 
 
-def race(run: runs.Run, rows: Iterable, clock: Clock, table: Callable) -> None:
+def race(args: argparse.Namespace, run: runs.Run, rows: Iterable, clock: Clock, table: Callable) -> None:
     """Print and keep one row after another, and in the end the table of all."""
     for row in rows:
+        row.first = None if args.cache else row.first  # it may have found compiled kernels
         run.add(row)
         clock.clean()
         print(row, flush=True)
@@ -138,11 +138,14 @@ def begin(args: argparse.Namespace, page: str, **facts: float) -> runs.Run:
 
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    whole.set_defaults(cache=None, tune=None)
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
     beside = argparse.ArgumentParser(add_help=False)  # what runs beside other libraries
     beside.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     beside.add_argument("--peers", nargs="+", help="other libraries' names, or none (default: all that are installed)")
     beside.add_argument("--device", default="cuda", help="(default: cuda)")
+    beside.add_argument("--cache", type=Path, help="folder to keep compiled kernels and tuned choices in (default: an empty one)")
+    beside.add_argument("--tune", type=float, metavar="MS", help="to time each configuration of what tunes itself (default: its own)")
     guarded = argparse.ArgumentParser(add_help=False)
     guarded.add_argument("--unguarded", action="store_true", help="run what fla refuses to on this GPU, and time what is wrong too")
 
@@ -164,8 +167,6 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--backends", nargs="*", choices=["fused", "chunked", "reference"], help="(default: fused and chunked)")
     one.add_argument("--warm", action="store_true", help="compile first, everybody in parallel processes of their own")
     one.add_argument("--workers", type=int, default=8, help="how many such processes at once (default: 8)")
-    one.add_argument("--cache", type=Path, help="folder to keep compiled kernels and tuned choices in (default: an empty one)")
-    one.add_argument("--tune", type=float, metavar="MS", help="to time each configuration of what tunes itself (default: its own)")
     one.add_argument("--seconds", type=float, default=0.1, help="how long to repeat each measurement (default: 0.1)")
     one = add(train, "folder for training.json, .md and .png", beside, guarded)
     one.add_argument("--models", nargs="*", default=list(throughput.MODELS), help="presets of zoo.list_presets()")
@@ -190,7 +191,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     args = parser().parse_args()
-    args.run(args)
+    with compiled_in(args.cache), tuning_for(args.tune):
+        args.run(args)
 
 
 if __name__ == "__main__":
