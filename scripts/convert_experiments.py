@@ -15,11 +15,11 @@ import torch
 from transformers.utils import logging
 
 from zoo.convert import prepare_teacher
+from zoo.convert.arguments import read_changes
 from zoo.convert.card import Measures
 from zoo.convert.data import deadline
 from zoo.convert.draw import experiment_markdown, write_experiment
 from zoo.convert.experiment import COUNTS, MIXERS, Experiment, list_trials, read_results
-from zoo.scripts.convert import value
 
 LEFT = 3  # the status where trials are left for another call
 
@@ -59,12 +59,10 @@ def run(args: argparse.Namespace, trials: dict) -> int:
     stop = deadline(args.minutes)
     logging.disable_progress_bar()
     path = prepare_teacher(args.teacher, Path(args.output) / "teacher")
-    path = os.path.abspath(path) if Path(path).is_dir() else path
-    changes = {name: value(given) for name, _, given in (text.partition("=") for text in args.set)}
     data, also = (tuple(map(os.path.abspath, names)) for names in (args.data, args.also))
     experiment = Experiment(
-        Path(args.output).absolute(), path, data, trials, lambda line: print(line, flush=True), changes=changes, also=also, seed=args.seed,
-        device=args.device, measures=Measures(tuple(args.distances), trials=args.trials, seed=args.seed), lean=args.lean,
+        Path(args.output).absolute(), path, data, trials, lambda line: print(line, flush=True), changes=read_changes(args.set), also=also,
+        seed=args.seed, device=args.device, measures=Measures(tuple(args.distances), trials=args.trials, seed=args.seed), lean=args.lean,
     )  # fmt: skip
     torch.set_float32_matmul_precision(args.matmul)
     names = args.only or [name for name, trial in trials.items() if trial.group != "align"]

@@ -6,7 +6,6 @@ import os
 import resource
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait by spinning stall one another on a busy machine
@@ -15,9 +14,11 @@ import torch
 from transformers.utils import logging
 
 from zoo.convert import check_logits, prepare_teacher
-from zoo.convert.folder import Job, advance, open_teacher, start
+from zoo.convert.folder import advance, start
+from zoo.convert.job import Job
 from zoo.convert.recipe import load_recipe
 from zoo.convert.report import Row, table
+from zoo.convert.teacher import open_teacher
 from zoo.generate import encode, generate, load_language_model
 
 LENGTH = 512  # of a row; each step takes one
@@ -39,10 +40,10 @@ def main() -> int:
     begun, folder = time.monotonic(), Path(args.output) / "student"
 
     print(f"Preparing the teacher {args.teacher}")
-    path = os.path.abspath(prepare_teacher(args.teacher, Path(args.output) / "teacher"))
+    path = prepare_teacher(args.teacher, Path(args.output) / "teacher")
     changes = {"mixer": args.mixer, "keep": args.keep, "align.tokens": args.steps * LENGTH, "align.length": LENGTH, "align.batch": 1}
     method = load_recipe("zoo", changes, "the demo")
-    job = Job(path, replace(method, stages=method.stages[:1]))
+    job = Job(path, method.only(["align"]))
     start(folder, job, print)
     teacher, tokenizer = open_teacher(path, "cpu")
     asked = [{"role": "user", "content": args.prompt}] if tokenizer.chat_template else args.prompt

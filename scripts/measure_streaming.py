@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from zoo.convert.folder import Job, advance, start
+from zoo.convert.folder import advance, start
 from zoo.convert.headers import blank_teacher
+from zoo.convert.job import Job
 from zoo.convert.plan import stage_plans
 from zoo.convert.recipe import read_method
 from zoo.convert.show import amount

@@ -1,6 +1,5 @@
 """A conversion in its folder: made, interrupted, resumed to the same weights, and refused where it would be another."""
 
-import importlib
 import json
 import signal
 
@@ -11,8 +10,10 @@ import torch
 import zoo
 from zoo.__main__ import main
 from zoo.convert import converted_layers
+from zoo.convert.arguments import read_layers, read_value
+from zoo.convert.data import read_tokens, rows_of
 from zoo.convert.fit import Fit
-from zoo.convert.folder import PROGRESS, read_tokens, rows_of
+from zoo.convert.job import PROGRESS
 from zoo.train.run import byte_tokenizer
 
 SMALL = ["--set", "align.length=32", "--set", "align.batch=2", "--set", "distil.length=24", "--set", "distil.batch=2", "--set", "window=8"]
@@ -212,6 +213,5 @@ def test_plan_and_list_print(teacher, tmp_path, capsys):
 
 
 def test_arguments_are_read():
-    script = importlib.import_module("zoo.scripts.convert")
-    assert [script.value(text) for text in ("1e-4", "3", "null", "l2", "[0.9, 0.95]", "true")] == [1e-4, 3, None, "l2", [0.9, 0.95], True]
-    assert [script.layers(text) for text in ("0.25", "10", "3,8", "8,")] == [0.25, 10, [3, 8], [8]]
+    assert [read_value(text) for text in ("1e-4", "3", "null", "l2", "[0.9, 0.95]", "true")] == [1e-4, 3, None, "l2", [0.9, 0.95], True]
+    assert [read_layers(text) for text in ("0.25", "10", "3,8", "8,")] == [0.25, 10, [3, 8], [8]]

@@ -10,8 +10,9 @@ import torch
 
 import zoo
 from zoo.convert import load_teacher
-from zoo.convert.folder import Job, advance, start
+from zoo.convert.folder import advance, start
 from zoo.convert.gates import run_gates
+from zoo.convert.job import Job
 from zoo.convert.recipe import Method, list_recipes, load_recipe, read_method, settled
 from zoo.convert.show import recipes_text
 

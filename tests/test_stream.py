@@ -18,8 +18,9 @@ from zoo.__main__ import main
 from zoo.convert import convert as make_student
 from zoo.convert import load_teacher, stream
 from zoo.convert.fit import Fit
-from zoo.convert.folder import Job, advance, open_student, read_job, start
+from zoo.convert.folder import advance, open_student, start
 from zoo.convert.headers import blank_teacher
+from zoo.convert.job import Job, read_job
 from zoo.convert.plan import blank_student, check_memory, layout_config, must_stream, stage_plans
 from zoo.convert.recipe import Stage, load_recipe, settled
 from zoo.convert.stream import Activations, Shelf, fitting, write_student
@@ -117,7 +118,7 @@ def test_two_blocks_live_at_a_time(tmp_path, tokens, recipe, monkeypatch):
         return block
 
     monkeypatch.setattr(Shelf, "block", counted)
-    for name in ("open_teacher", "open_student"):
+    for name in ("load_teacher", "open_teacher", "open_student"):
         monkeypatch.setattr(f"zoo.convert.folder.{name}", lambda *_: pytest.fail("a model was read whole"))
     out = str(tmp_path / "out")
     assert convert("run", path, "--recipe", recipe, *SMALL, "--data", tokens, "-o", out, "--stream") == 0

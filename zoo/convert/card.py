@@ -10,27 +10,15 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from zoo.convert.data import read_tokens, spread
+from zoo.convert.data import spread
 from zoo.convert.draw import card_markdown, draw_card
-from zoo.convert.folder import (
-    REPORT,
-    Job,
-    Say,
-    advance,
-    begin,
-    finished,
-    held_rows,
-    open_aligned,
-    open_student,
-    open_teacher,
-    read_job,
-    start,
-)  # fmt: skip
+from zoo.convert.folder import advance, begin, open_aligned, open_student, start
 from zoo.convert.gates import LEAST, run_gates
+from zoo.convert.job import REPORT, Job, Say, finished, read_job
 from zoo.convert.recipe import Stage
 from zoo.convert.report import LENGTHS
 from zoo.convert.student import converted_layers
-from zoo.convert.teacher import licence
+from zoo.convert.teacher import licence, open_teacher
 from zoo.evaluate.compare import agreement, compare_writing, greedy, read_rows
 from zoo.evaluate.retrieval import copying, retrieval, shortest
 from zoo.evaluate.speed import generation_speed, state_bytes
@@ -69,7 +57,7 @@ class Bench:
     """A teacher, what it is asked, and how: every student is measured beside the same.
 
     Args:
-        teacher, tokenizer: of `zoo.convert.folder.open_teacher`; without a tokenizer there are no passkeys.
+        teacher, tokenizer: of `zoo.convert.teacher.open_teacher`; without a tokenizer there are no passkeys.
         rows: `[N, T]` int64 of held-out text.
     """
 
@@ -133,7 +121,7 @@ def make_card(
     job = read_job(folder)
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     teacher, tokenizer = open_teacher(job.teacher, device)
-    rows = held_rows(read_tokens(job.data, tokenizer, teacher.config.vocab_size)[1], job)
+    _, rows = job.read(tokenizer, teacher.config.vocab_size)
     final = open_student(folder, device)
     say("trying the gates")
     gates = run_gates(teacher, final, gate_row(rows, final))

@@ -4,18 +4,21 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from zoo.convert.teacher import open_teacher
 from zoo.convert.texts import pydoc_topics
+from zoo.generate import begin
 from zoo.train.data import check_ids, documents, encode
 from zoo.train.data import token_rows as token_file
 
 BINARY = (".bin", ".npy")
+WRITTEN = "teacher:"  # data that the teacher is to write
 
 
 # -- files ---------------------------------------------------------------------------------------------------------------
@@ -92,6 +95,28 @@ def deadline(minutes: float | None) -> Callable[[], bool]:
 
 
 # -- what the teacher writes ---------------------------------------------------------------------------------------------
+
+
+def provide(
+    names: Iterable[str], teacher: str, folder: Path, *, seed: int, device: str, say: Callable[[str], None]
+) -> tuple[str, ...]:  # fmt: skip
+    """Whole paths of the data; for `teacher:N` the teacher writes N tokens into the folder first, and only once."""
+    found = []
+    for name in names:
+        if name.startswith(WRITTEN):
+            count = name.removeprefix(WRITTEN)
+            if not count.isdigit():
+                raise ValueError(f"--data {name} must say how many tokens, such as {WRITTEN}2000000")
+            name = folder / f"sampled-{count}-{seed}.bin"
+            model, tokenizer = open_teacher(teacher, device)
+            sample_tokens(model, name, int(count), first=first_token(tokenizer), seed=seed, source=teacher, say=say)
+        found.append(os.path.abspath(name))
+    return tuple(found)
+
+
+def first_token(tokenizer) -> int | None:
+    """What a sampled text begins with; None where there is no tokenizer, or nothing it begins with."""
+    return next(iter(begin(tokenizer)), None) if tokenizer else None
 
 
 @torch.no_grad()

@@ -48,6 +48,13 @@ def card_markdown(card: dict) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def card_text(card: dict) -> str:
+    """Its numbers, and whether its gates hold."""
+    lines = ["  ".join(cell.ljust(44 if i == 0 else 12) for i, cell in enumerate(row)) for row in models_rows(card["models"])]
+    failed = [f"{name.replace('_', ' ')}: {why}" for name, why in card["gates"].items() if why]
+    return "\n".join([*lines, *(["not done, for these gates do not hold:", *failed] if failed else ["every gate holds: done"])])
+
+
 def models_rows(models: dict[str, dict]) -> list[list[str]]:
     """A header, and a row for every measure that any model has."""
     rows = [["", *models]]

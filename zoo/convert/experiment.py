@@ -8,17 +8,18 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from zoo.config import nearest
 from zoo.convert.card import Bench, Measures, gate_row
-from zoo.convert.data import read_tokens
-from zoo.convert.folder import REPORT, Job, Say, advance, finished, held_rows, open_student, open_teacher, start
+from zoo.convert.folder import advance, open_student, start
 from zoo.convert.gates import run_gates
+from zoo.convert.job import REPORT, Job, Say, finished
 from zoo.convert.recipe import load_recipe, read_method
+from zoo.convert.teacher import open_teacher
 from zoo.evaluate.perplexity import text_score
 
 PURE = {"window": None, "sinks": 0, "keep": 0, "select": "none"}
@@ -163,8 +164,7 @@ class Experiment:
 
     def job(self, trial: Trial) -> Job:
         changes = trial.changes | {name: value for name, value in self.changes.items() if name not in trial.changes}
-        method = load_recipe("zoo", changes, "the experiment")
-        method = replace(method, stages=tuple(stage for stage in method.stages if stage.name in trial.stages))
+        method = load_recipe("zoo", changes, "the experiment").only(trial.stages)
         aligned = None if trial.aligned is None else str(self.folder(trial.aligned))
         return Job(self.path, read_method(method.to_dict(), {}), self.data, self.seed, aligned, trial.control)
 
@@ -197,9 +197,8 @@ class Experiment:
     def open_bench(self) -> Bench:
         if self.bench is None:
             teacher, tokenizer = open_teacher(self.path, self.device)
-            held = read_tokens(self.data, tokenizer, teacher.config.vocab_size)[1]
-            job = self.job(next(iter(self.trials.values())))
-            self.bench = Bench(teacher, tokenizer, held_rows(held, job), self.measures)
+            _, rows = self.job(next(iter(self.trials.values()))).read(tokenizer, teacher.config.vocab_size)
+            self.bench = Bench(teacher, tokenizer, rows, self.measures)
         return self.bench
 
     def folder(self, name: str) -> Path:

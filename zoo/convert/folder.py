@@ -1,70 +1,35 @@
-"""The folder of a conversion: what was asked, how far it is, and the student.
+"""A conversion in its folder: begun, advanced, interrupted and resumed, finished.
 
-`conversion.json` is what was asked, `progress.pt` the weights, optimizer and losses of the stage at hand; both are replaced whole.
 The student lies in the folder like any model: as converted until the last stage has ended, then as trained.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 
 from zoo.auto import from_pretrained
 from zoo.convert.control import CONTROLS
-from zoo.convert.data import fingerprint, read_tokens, rows_of, spread
+from zoo.convert.data import fingerprint, rows_of, spread
 from zoo.convert.fit import Fit
 from zoo.convert.headers import blank_teacher
+from zoo.convert.job import JOB, PROGRESS, REPORT, STREAMED, Job, Say, check_same, clear, finished, has_ended, read_job, write_job
 from zoo.convert.plan import blank_student, check_memory, lacks, layout_config, must_stream
-from zoo.convert.recipe import Method, Stage, read_method
+from zoo.convert.recipe import Method, Stage
 from zoo.convert.report import LENGTHS, Row, write_report
 from zoo.convert.select import ALIGNED, hybrid, layer_scores, select_layers
 from zoo.convert.stream import Shelf, align, fitting, write, write_student
 from zoo.convert.student import convert, converted_layers, positions_kept
-from zoo.convert.teacher import load_teacher
+from zoo.convert.teacher import load_teacher, open_teacher, open_tokenizer
 from zoo.evaluate.perplexity import perplexity
 from zoo.evaluate.speed import generation_speed, state_bytes
 from zoo.train.trainer import Interruption
 
-JOB, PROGRESS, STREAMED, REPORT = "conversion.json", "progress.pt", "streamed.json", "report.json"
-HELD_ROWS, HELD_LENGTH = 16, 1024  # of held-out text, to measure perplexity on, where there is as much
 PROBED = 4  # rows on which starts are measured
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What was asked: the teacher's folder or Hub id, a settled recipe, files of text (none: Python's help topics), a seed.
-
-    Args:
-        aligned: the finished folder of a conversion that aligned every layer, from whose mixers the student begins; None: none.
-        control: how the student is made to begin worse, of `zoo.convert.control`; None: not.
-        stream: hold one layer at a time in the first stages, where they are compared layer by layer.
-    """
-
-    teacher: str
-    method: Method
-    data: tuple[str, ...] = ()
-    seed: int = 0
-    aligned: str | None = None
-    control: str | None = None
-    stream: bool = False
-
-    def to_dict(self) -> dict:
-        named = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        named["recipe"] = named.pop("method").to_dict()
-        return named | {"data": list(self.data)}
-
-    @property
-    def digest(self) -> str:
-        named = {name: what for name, what in self.to_dict().items() if name != "stream"}  # which may follow from the machine
-        return hashlib.sha256(json.dumps(named, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu", force: bool = False) -> None:
@@ -75,48 +40,41 @@ def start(folder: str | os.PathLike, job: Job, say: Say, *, device: str = "cpu",
             memory than there is.
     """
     folder = Path(folder)
-    if (folder / JOB).is_file():
+    if (folder / JOB).is_file() and not force:
         before = read_job(folder)
-        if before.digest == job.digest and not force:
+        if before.digest == job.digest:
             return
-        if not force:
-            raise ValueError(
-                f"{folder} holds another conversion ({differences(before, job)}); name another folder, or begin anew with --force"
-            )
+        differing = "; ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in before.unlike(job).items())
+        raise ValueError(f"{folder} holds another conversion ({differing}); name another folder, or begin anew with --force")
     if lacking := job.method.missing():
         raise ValueError(f"the recipe {job.method.name!r} cannot be run yet, for want of: {'; '.join(lacking)}")
     blank, available = blank_teacher(job.teacher)[0], memory(device)
     job = dataclasses.replace(job, stream=job.stream or must_stream(blank, job.method, available))
     check_memory(blank, job.method, available, job.stream)
     if job.stream:
-        start_streamed(folder, job, say, device)
-        return
-    teacher, tokenizer = open_teacher(job.teacher, device)
-    train, _ = read_tokens(job.data, tokenizer, teacher.config.vocab_size)
-    for stage in job.method.stages:
-        rows_of(train, stage.length, "text")
-    method, aligned = job.method, open_aligned(job, device)
-    kept = choose_layers(teacher, method, train, say, aligned)
+        check_apart(job)
+    tokenizer = open_tokenizer(job.teacher)
+    train, _ = job.read(tokenizer, blank.config.vocab_size)
+    done = start_streamed(folder, job, device) if job.stream else start_whole(folder, job, train, say, device)
+    write_job(folder, job, tokenizer)
+    say(done)
+
+
+def start_whole(folder: Path, job: Job, train: Tensor, say: Say, device: str) -> str:
+    """Write the student as converted; what there is to say of it."""
+    teacher, aligned = load_teacher(job.teacher, dtype=torch.float32).to(device), open_aligned(job, device)
+    kept = choose_layers(teacher, job.method, train, say, aligned)
     student = begin(job, teacher, kept, aligned)
-    if lacking := lacks(method, student):
-        raise ValueError(f"the recipe {method.name!r} would teach this student nothing: {'; '.join(lacking)}")
+    check_learns(job.method, student)
     clear(folder)
     student.save_pretrained(folder)
-    enter(folder, job, tokenizer)
-    say(f"layers {list(kept)} of {len(student.config.plan)} keep attention; the converted student is in {folder}")
+    return f"layers {list(kept)} of {len(student.config.plan)} keep attention; the converted student is in {folder}"
 
 
-def clear(folder: Path) -> None:
-    """Take away what was there of another job."""
-    for name in (JOB, PROGRESS, STREAMED, REPORT):
-        (folder / name).unlink(missing_ok=True)
-
-
-def enter(folder: Path, job: Job, tokenizer) -> None:
-    """Write beside the student what was asked."""
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-    write(folder / JOB, lambda path: path.write_text(json.dumps(job.to_dict(), indent=1) + "\n", encoding="utf-8"))
+def check_learns(method: Method, student: nn.Module) -> None:
+    """Raise ValueError for stages that a student learns nothing in."""
+    if lacking := lacks(method, student):
+        raise ValueError(f"the recipe {method.name!r} would teach this student nothing: {'; '.join(lacking)}")
 
 
 def begin(job: Job, teacher: nn.Module, kept: Iterable[int], aligned: nn.Module | None = None) -> nn.Module:
@@ -137,7 +95,7 @@ def probe(job: Job, teacher: nn.Module) -> Tensor | None:
     """Rows on which a start is measured; None where none is."""
     if "measured" not in job.method.init.values():
         return None
-    tokens, _ = read_tokens(job.data, open_tokenizer(job.teacher), teacher.config.vocab_size)
+    tokens, _ = job.read(open_tokenizer(job.teacher), teacher.config.vocab_size)
     return spread(rows_of(tokens, job.method.stages[0].length, "text"), PROBED)
 
 
@@ -151,7 +109,7 @@ def advance(
         ValueError: there is no such folder, it is finished, or its data are no longer the same.
     """
     folder, job = Path(folder), read_job(Path(folder))
-    if (folder / REPORT).is_file() and not (folder / PROGRESS).is_file():
+    if has_ended(folder):
         raise ValueError(f"{folder} is finished; its {REPORT} has the results")
     begun = None
     if job.stream:
@@ -159,10 +117,9 @@ def advance(
         if begun is None or begun["stage"] == len(job.method.stages):
             return begun is not None
     teacher, tokenizer = open_teacher(job.teacher, device)
-    train, held_out = read_tokens(job.data, tokenizer, teacher.config.vocab_size)
+    train, held_out = job.read(tokenizer, teacher.config.vocab_size)
     student = open_student(folder, device)
     fresh = blank_student(teacher, student.config)[1].fresh
-    held_out = held_rows(held_out, job)
     done = load(folder, job, train, device)
     if done is None and begun is not None:
         done = {"fit": None} | {name: begun[name] for name in ("stage", "losses", "perplexity")}
@@ -172,16 +129,15 @@ def advance(
     weights = done.pop("weights", None)
     if weights is not None and done["fit"] is None:
         student.load_state_dict(weights)
-    interruption = Interruption()
-    interruption.on_train_begin(None, None, None)
 
-    def after(fit: Fit) -> bool:
-        ends = interruption.raised or stop()
-        if ends or len(fit.history) % save_every == 0:
-            save(folder, job, train, student, done | {"fit": fit.state()})
-        return ends
+    with Interruption() as interruption:
 
-    try:
+        def after(fit: Fit) -> bool:
+            ends = interruption.raised or stop()
+            if ends or len(fit.history) % save_every == 0:
+                save(folder, job, train, student, done | {"fit": fit.state()})
+            return ends
+
         while done["stage"] < len(job.method.stages):
             stage = job.method.stages[done["stage"]]
             fit = Fit(teacher, student, rows_of(train, stage.length, "text"), stage, fresh=fresh, seed=job.seed + done["stage"])
@@ -199,8 +155,6 @@ def advance(
             done["stage"], done["fit"] = done["stage"] + 1, None
             save(folder, job, train, student, done)
             say(f"{stage.name}: perplexity {done['perplexity'][stage.name]:.2f} on held-out text")
-    finally:
-        interruption.restore()
     finish(folder, job, teacher, student, held_out, done | {"data": fingerprint(train)})
     return True
 
@@ -225,7 +179,7 @@ def finish(folder: Path, job: Job, teacher: nn.Module, student: nn.Module, held_
 def status(folder: str | os.PathLike) -> list[str]:
     """Lines that tell how far a conversion is."""
     folder, job = Path(folder), read_job(Path(folder))
-    finished = (folder / REPORT).is_file() and not (folder / PROGRESS).is_file()
+    finished = has_ended(folder)
     lines = [f"{job.method.name} of {job.teacher} to {job.method.mixer}, seed {job.seed}, digest {job.digest}"]
     known = (folder / PROGRESS).is_file()
     done = torch.load(folder / PROGRESS, weights_only=True, mmap=True, map_location="cpu") if known else {"stage": 0, "fit": None}
@@ -246,24 +200,25 @@ def status(folder: str | os.PathLike) -> list[str]:
 # -- layer by layer ------------------------------------------------------------------------------------------------------
 
 
-def start_streamed(folder: Path, job: Job, say: Say, device: str) -> None:
-    """`start` with one layer at a time."""
-    method, teacher = job.method, Shelf(job.teacher)
-    if not method.stages[0].apart:
-        raise ValueError(f"stage {method.stages[0].name!r} has no layers that learn apart from one another; leave --stream out")
+def check_apart(job: Job) -> None:
+    """Raise ValueError for what cannot be done layer by layer."""
+    method, (first, *_) = job.method, job.method.stages
+    if not first.apart:
+        raise ValueError(f"stage {first.name!r} has no layers that learn apart from one another; leave --stream out")
     if job.aligned is not None or job.control is not None or not (isinstance(method.keep, tuple) or method.select in ("none", "uniform")):
         raise ValueError(
             "layer by layer a student begins from its teacher alone, and keeps layers that are named or uniform; leave --stream out"
         )
-    config, tokenizer = layout_config(teacher.model, method), open_tokenizer(job.teacher)
-    if lacking := lacks(method, blank_student(teacher.model, config)[0]):
-        raise ValueError(f"the recipe {method.name!r} would teach this student nothing: {'; '.join(lacking)}")
-    for stage in method.stages:
-        rows_of(read_tokens(job.data, tokenizer, config.vocab_size)[0], stage.length, "text")
+
+
+def start_streamed(folder: Path, job: Job, device: str) -> str:
+    """`start_whole` with one layer at a time."""
+    method, teacher = job.method, Shelf(job.teacher)
+    config = layout_config(teacher.model, method)
+    check_learns(method, blank_student(teacher.model, config)[0])
     write_student(folder, teacher, config, inits=method.init, seed=job.seed, rows=probe(job, teacher.model), device=device)
     clear(folder)
-    enter(folder, job, tokenizer)
-    say(f"the converted student is in {folder}, written layer by layer")
+    return f"the converted student is in {folder}, written layer by layer"
 
 
 def advance_streamed(folder: Path, job: Job, say: Say, device: str, progress: bool, stop: Callable[[], bool]) -> dict | None:
@@ -272,8 +227,8 @@ def advance_streamed(folder: Path, job: Job, say: Say, device: str, progress: bo
     Returns: the number of stages that are done, their losses, and perplexities. After the last stage the folder is finished.
     """
     teacher, student = Shelf(job.teacher), Shelf(folder)
-    train, held_out = read_tokens(job.data, open_tokenizer(job.teacher), teacher.model.config.vocab_size)
-    held_out, path, stages = held_rows(held_out, job), folder / STREAMED, job.method.stages
+    train, held_out = job.read(open_tokenizer(job.teacher), teacher.model.config.vocab_size)
+    path, stages = folder / STREAMED, job.method.stages
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         check_same(folder, known, job, train)
@@ -286,9 +241,7 @@ def advance_streamed(folder: Path, job: Job, say: Say, device: str, progress: bo
         write(path, lambda place: place.write_text(json.dumps(known), encoding="utf-8"))
 
     fresh = blank_student(teacher.model, student.model.config)[1].fresh
-    interruption = Interruption()
-    interruption.on_train_begin(None, None, None)
-    try:
+    with Interruption() as interruption:
         while known["stage"] < len(stages) and stages[known["stage"]].apart:
             stage, seed = stages[known["stage"]], job.seed + known["stage"]
             rows = streamed_rows(folder, train, stage, teacher, known["rows"], say)
@@ -305,8 +258,6 @@ def advance_streamed(folder: Path, job: Job, say: Say, device: str, progress: bo
             if not whole:
                 say(f"interrupted after {len(known['layers'])} layers of {stage.name}; go on with: resume {folder}")
                 return None
-    finally:
-        interruption.restore()
     if known["stage"] == len(stages):
         rows = [{"name": name, "perplexity": value} for name, value in known["perplexity"].items()]
         report = job.to_dict() | {"rows": rows, "losses": known["losses"], "digest": job.digest, "data_hash": known["data"]}
@@ -328,33 +279,9 @@ def streamed_rows(folder: Path, train: Tensor, stage: Stage, teacher: Shelf, cou
 # -- its files -----------------------------------------------------------------------------------------------------------
 
 
-def finished(folder: str | os.PathLike) -> Path:
-    """A folder whose conversion has ended; ValueError where it has not, or is none."""
-    folder = Path(folder)
-    read_job(folder)
-    if not (folder / REPORT).is_file() or (folder / PROGRESS).is_file():
-        raise ValueError(f"{folder} is not finished; go on with: resume {folder}")
-    return folder
-
-
 def open_student(folder: Path, device: str) -> nn.Module:
     """The student of a folder in float32, as far as it is."""
     return from_pretrained(folder, task="causal_lm", dtype=torch.float32).to(device).eval()
-
-
-def read_job(folder: Path) -> Job:
-    """What was asked of this folder."""
-    if not (folder / JOB).is_file():
-        raise ValueError(f"{folder} has no {JOB}, so it is no conversion; begin one with `run` or `init`")
-    content = json.loads((folder / JOB).read_text(encoding="utf-8"))
-    method, data = read_method(content.pop("recipe"), {}), tuple(content.pop("data"))
-    return Job(method=method, data=data, **content)
-
-
-def differences(before: Job, now: Job) -> str:
-    """What two jobs do not share."""
-    old, new = ({k: v for k, v in (job.to_dict() | job.to_dict()["recipe"]).items() if k != "recipe"} for job in (before, now))
-    return "; ".join(f"{name} was {old.get(name)!r} and is {new[name]!r}" for name in new if old.get(name) != new[name])
 
 
 def save(folder: Path, job: Job, train: Tensor, student: nn.Module, done: dict) -> None:
@@ -371,26 +298,7 @@ def load(folder: Path, job: Job, train: Tensor, device: str) -> dict | None:
     return done
 
 
-def check_same(folder: Path, done: dict, job: Job, train: Tensor) -> None:
-    """Raise ValueError if progress is of another recipe or other data."""
-    for name, now in (("digest", job.digest), ("data", fingerprint(train))):
-        if done[name] != now:
-            what = "recipe" if name == "digest" else "data"
-            raise ValueError(f"{folder}: the {what} changed since its progress was written; put it back, or begin anew with run --force")
-
-
-# -- teacher and data ----------------------------------------------------------------------------------------------------
-
-
-def open_teacher(path: str, device: str):
-    """The teacher in float32, and its tokenizer if it has one."""
-    return load_teacher(path, dtype=torch.float32).to(device), open_tokenizer(path)
-
-
-def open_tokenizer(path: str):
-    """The tokenizer beside a teacher, None where there is none."""
-    has = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(path) if has else None
+# -- what it begins from -------------------------------------------------------------------------------------------------
 
 
 def memory(device: str) -> int:
@@ -405,11 +313,10 @@ def open_aligned(job: Job, device: str) -> nn.Module | None:
     if job.aligned is None:
         return None
     folder = finished(job.aligned)
-    before = read_job(folder)
-    old, new = before.to_dict() | before.to_dict()["recipe"], job.to_dict() | job.to_dict()["recipe"]
     fields = ("teacher", "mixer", "mixer_args", "inherit", "window", "sinks", "rope")  # that make the mixers what they are
-    if wrong := [name for name in new if name in fields and old.get(name) != new[name]]:
-        raise ValueError(f"{folder} was aligned with {wrong[0]}={old.get(wrong[0])!r}, this conversion asks for {new[wrong[0]]!r}")
+    for name, (was, now) in read_job(folder).unlike(job).items():
+        if name in fields:
+            raise ValueError(f"{folder} was aligned with {name}={was!r}, this conversion asks for {now!r}")
     return open_student(folder, device)
 
 
@@ -427,9 +334,3 @@ def choose_layers(teacher: nn.Module, method: Method, train: Tensor, say: Say, a
         say(f"looking for {kept} layers to keep, by {signal}")
     scores = layer_scores(signal, teacher, rows, aligned=aligned, window=window, sinks=method.sinks)
     return tuple(select_layers(signal, scores, kept, must_keep=method.must_keep, min_gap=method.min_gap))
-
-
-def held_rows(tokens: Tensor, job: Job) -> Tensor:
-    """Rows to measure perplexity on, int64; shorter ones where there is little text."""
-    length = HELD_LENGTH if len(tokens) >= HELD_LENGTH else job.method.stages[0].length
-    return spread(rows_of(tokens, length, "held-out text"), HELD_ROWS)

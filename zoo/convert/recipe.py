@@ -7,6 +7,7 @@ is which. What the engine cannot do yet, `missing` names.
 import dataclasses
 import json
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -197,6 +198,14 @@ class Method:
         if not 0 <= count <= layers:
             raise ValueError(f"keep={self.keep} of {layers} layers; give a share from 0.0 to 1.0, a number, or indices")
         return count
+
+    def only(self, names: Collection[str] | None) -> "Method":
+        """With these of its stages; None: all."""
+        if names is None:
+            return self
+        for name in names:
+            choose("stage to take", name, [stage.name for stage in self.stages])
+        return dataclasses.replace(self, stages=tuple(stage for stage in self.stages if stage.name in names))
 
     def to_dict(self) -> dict:
         """What defines it; `read_method` reads it."""

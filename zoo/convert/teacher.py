@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from zoo.auto import from_pretrained, model_class
 from zoo.config import ZooConfig
@@ -58,15 +59,15 @@ def prepare_teacher(name: str | os.PathLike, folder: str | os.PathLike) -> str:
             rounded twice), unless it is there already.
 
     Returns:
-        that folder for the first two, `name` for the others.
+        the whole path of a folder, or the Hub id.
     """
     name = os.fspath(name)
     if name not in PACKAGED and not name.endswith(".gguf"):
-        return name
+        return os.path.abspath(name) if os.path.isdir(name) else name
     target = Path(folder) / (name if name in PACKAGED else Path(name).stem)
     if not (target / "config.json").is_file():
         write_gguf(packaged_gguf(name) if name in PACKAGED else Path(name), target)
-    return os.fspath(target)
+    return os.path.abspath(target)
 
 
 def write_gguf(path: Path, folder: str | os.PathLike) -> None:
@@ -115,6 +116,17 @@ def load_teacher(path: str, **kwargs) -> nn.Module:
         model.generation_config = generation
     check_teacher(model)
     return model.eval().requires_grad_(False)
+
+
+def open_teacher(path: str, device: str) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    """The teacher in float32, and its tokenizer if it has one."""
+    return load_teacher(path, dtype=torch.float32).to(device), open_tokenizer(path)
+
+
+def open_tokenizer(path: str) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a teacher, None where there is none."""
+    has = not Path(path).is_dir() or (Path(path) / "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(path) if has else None
 
 
 def plain_config(config: ZooConfig) -> ZooConfig:

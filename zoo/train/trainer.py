@@ -143,12 +143,15 @@ class ZooTrainer(Trainer):
 
 
 class Interruption(TrainerCallback):
-    """Ctrl-C or SIGTERM: the step at hand is finished, a checkpoint saved, and training stops; a second one stops at once."""
+    """Ctrl-C or SIGTERM: the step at hand is finished, a checkpoint saved, and training stops; a second one stops at once.
+
+    Without a Trainer it is a context, whose loop asks for `raised`.
+    """
 
     def __init__(self):
         self.raised, self.before = False, {}
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def __enter__(self) -> "Interruption":
         def note(number, frame):
             self.raised = True
             self.restore()
@@ -157,6 +160,13 @@ class Interruption(TrainerCallback):
             self.before = {number: signal.signal(number, note) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not in the main thread, where no signals arrive
             self.before = {}
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.restore()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.__enter__()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.raised and args.world_size == 1:  # several processes agree when they log
