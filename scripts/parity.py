@@ -13,7 +13,8 @@ import transformers
 from tqdm import tqdm
 
 import zoo
-from zoo.evaluate.parity import find, prove, sampled, table
+from zoo.evaluate.proof import prove, table
+from zoo.evaluate.trial import find, sampled
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "layouts.md"
 OPENING = f"""# Layouts

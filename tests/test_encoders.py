@@ -9,7 +9,8 @@ from transformers import CONFIG_MAPPING
 
 import zoo
 from zoo import registry
-from zoo.evaluate.parity import SIZES, close
+from zoo.evaluate.parity import close
+from zoo.evaluate.trial import SIZES
 
 FIELDS = {
     "longformer": {"attention_window": 4},

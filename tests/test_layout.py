@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import zoo
 from zoo import registry
-from zoo.evaluate.parity import find, foreign_config, make_trial
+from zoo.evaluate.trial import find, foreign_config, make_trial
 from zoo.layout import Layout, drop, fresh, mapped, merge, rename, split, transpose
 
 

@@ -14,7 +14,8 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import zoo
-from zoo.evaluate.parity import close, find, make_trial
+from zoo.evaluate.parity import close
+from zoo.evaluate.trial import find, make_trial
 from zoo.generate import load_tokenizer
 from zoo.keys import Report
 

@@ -8,7 +8,8 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 import zoo
-from zoo.evaluate.parity import SIZES, close, push
+from zoo.evaluate.parity import close
+from zoo.evaluate.trial import SIZES, push
 
 
 def foreign(kind: str, suffix: str, **fields):

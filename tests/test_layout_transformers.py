@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from test_layout import write_config
 
 import zoo
-from zoo.evaluate.parity import find, make_trial
+from zoo.evaluate.trial import find, make_trial
 
 TURNING = {"rope_type": "default", "rope_theta": 1e4}
 LONG = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}

@@ -9,7 +9,9 @@ import transformers
 
 import zoo
 from zoo.evaluate.loading import KINDS, measure, random_checkpoint
-from zoo.evaluate.parity import Proof, find, has_oracle, make_trial, properties, prove, sampled, table, trial_names
+from zoo.evaluate.parity import properties
+from zoo.evaluate.proof import Proof, prove, table
+from zoo.evaluate.trial import find, has_oracle, make_trial, sampled, trial_names
 from zoo.layout import mapped, rename
 from zoo.registry import ARCHITECTURES, get
 

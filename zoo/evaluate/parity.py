@@ -1,42 +1,29 @@
-"""Layouts proven against transformers: every property of every trial, without a test written for it.
+"""What every layout holds, shown on its trials without a test written for it.
 
-A trial is a tiny model of transformers, saved by transformers and loaded by us. A property is a function of a trial that raises
-AssertionError where it does not hold, and returns the largest error it found (0 where bits are compared). A layout whose
-library is not at hand is proven on what it keeps: a model of ours saved in it and loaded again has the same bits.
+A property is a function of a trial that raises AssertionError where it does not hold, and returns the largest error it found (0
+where bits are compared). A layout whose library is not at hand is proven on what it keeps: a model of ours saved in it and loaded
+again has the same bits.
 """
 
 import copy
 import json
-import random
 import re
-import tempfile
-import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 
-from zoo.auto import from_pretrained, model_class
-from zoo.config import nearest
+from zoo.auto import from_pretrained
 from zoo.evaluate.closeness import error_bound
 from zoo.evaluate.subject import by_definition
-from zoo.foreign import config_class, with_defaults
-from zoo.keys import Pattern, Plan
-from zoo.layout import Layout, State, find_layout, layouts
-from zoo.registry import ARCHITECTURES, build_config, get
+from zoo.evaluate.trial import PLAIN, SIZES, OwnTrial, Trial, foreign_config, has_oracle
+from zoo.foreign import with_defaults
+from zoo.keys import Plan
+from zoo.layout import Layout, State, find_layout
 
-SIZES = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-PLAIN = {"attn_implementation": "eager", "experts_implementation": "eager"}
 LENGTHS = (1, 5, 17, 33, 70)
 CLOSE = 1e-5  # of the largest value, or of 1: transformers computes recurrences in float32 whatever the dtype, so nothing is more exact
 NO_HALF = ("fnet",)  # model types that transformers cannot compute in bfloat16 on every device
@@ -46,78 +33,8 @@ FORGOTTEN = re.compile(
     r".*(dropout|pdrop|drop_path).*|summary_.*|max_position_embeddings|pretraining_tp|output_router_logits|router_aux_loss_coef"
     r"|router_jitter_noise|is_decoder|(mamba_)?chunk_size|use_mamba_kernels|_name_or_path"
 )
-PROPERTIES: dict[str, Callable[["Trial"], float]] = {}
-OWN_PROPERTIES: dict[str, Callable[["OwnTrial"], float]] = {}
-
-
-def has_oracle(layout: Layout) -> bool:
-    """Whether transformers has the models of this layout."""
-    alone = layout.complete is None and not layout.beside
-    return alone and bool(layout.model_types) and config_class(layout.model_types[0]) is not None
-
-
-def foreign_config(layout: Layout, fields: dict) -> PreTrainedConfig:
-    """The config of transformers with these fields over the shared sizes, which go where its class has a field for them."""
-    fields = dict(fields)
-    cls = config_class(fields.pop("model_type", layout.model_types[0]))
-    known = cls.__dataclass_fields__.keys()
-    sizes = {cls.attribute_map.get(name, name): value for name, value in SIZES.items()}
-    return cls(**{name: value for name, value in sizes.items() if name in known} | fields)
-
-
-def push(model: nn.Module, fixed: list[Pattern]) -> None:
-    """Move every parameter and stored buffer away from special values, but for the buffers of these names: they are computed."""
-    buffers = dict(model.named_buffers())
-    pushed = set()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            computed = name in buffers and any(pattern.match(name) is not None for pattern in fixed)
-            if tensor.is_floating_point() and tensor.data_ptr() not in pushed and not computed:
-                pushed.add(tensor.data_ptr())
-                tensor.add_(torch.randn_like(tensor) * 0.1)
-
-
-class Trial:
-    """A tiny model of transformers and ours of the same weights.
-
-    Attributes: layout; name of the trial; entry: the architecture; theirs, ours: the models; folder: where transformers saved
-    its own; report: of loading it.
-    """
-
-    def __init__(self, layout: Layout, name: str, place: Path):
-        self.layout, self.name, self.place = layout, name, place
-        self.entry = get(layouts()[layout.name])
-
-    @property
-    def theirs(self) -> nn.Module:
-        """A copy each time, for some models change as they run (a BigBird that met a short sequence attends to all from then on)."""
-        return copy.deepcopy(self.original)
-
-    @cached_property
-    def original(self) -> nn.Module:
-        config = foreign_config(self.layout, self.layout.trials[self.name])
-        own = self.entry.config(**self.layout.config_map(with_defaults(config.to_dict(), self.layout)))
-        torch.manual_seed(0)
-        auto = AutoModelForCausalLM if own.causal and not own.is_encoder_decoder else AutoModel
-        cls = getattr(transformers, config.architectures[0])._from_config if config.architectures else auto.from_config
-        model = cls(config, **PLAIN).eval()
-        rules = self.layout.rules(own) if callable(self.layout.rules) else self.layout.rules
-        push(model, [pattern for rule in rules if not rule.moved for pattern in rule.foreign])
-        return model
-
-    @cached_property
-    def folder(self) -> Path:
-        self.theirs.save_pretrained(self.place / "theirs")
-        return self.place / "theirs"
-
-    @cached_property
-    def ours(self) -> nn.Module:
-        model, self.report = from_pretrained(self.folder, output_loading_info=True)
-        return model
-
-    def tokens(self, batch: int, length: int) -> Tensor:
-        """Random token ids, none of them a special one."""
-        return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(1))
+PROPERTIES: dict[str, Callable[[Trial], float]] = {}
+OWN_PROPERTIES: dict[str, Callable[[OwnTrial], float]] = {}
 
 
 def of_trials(function: Callable[[Trial], float]) -> Callable[[Trial], float]:
@@ -187,18 +104,13 @@ def options_are_read(trial: Trial) -> float:
     configs = [foreign_config(trial.layout, fields) for fields in trial.layout.trials.values()]
     for config in configs:
         trial.layout.config_map(Recorded(with_defaults(config.to_dict(), trial.layout), seen))
-    known = {type(config): config.attribute_map for config in configs}
-    fields = {aliases.get(n, n) for cls, aliases in known.items() for n in cls.__dataclass_fields__.keys() - shared_fields()}
+    known, shared = {type(config): config.attribute_map for config in configs}, PreTrainedConfig.__dataclass_fields__.keys()
+    fields = {aliases.get(n, n) for cls, aliases in known.items() for n in cls.__dataclass_fields__.keys() - shared}
     ignored = {name for name in fields - seen if not forgotten(trial.layout, name)}
     assert not ignored, (
         f"config_map never looks at {sorted(ignored)}; read or refuse them, or name them in `forgets` if they change nothing"
     )
     return 0.0
-
-
-def shared_fields() -> set[str]:
-    """What every config of transformers has."""
-    return set(PreTrainedConfig.__dataclass_fields__)
 
 
 @of_trials
@@ -389,28 +301,6 @@ def calmest(result: Tensor, exact: Tensor, share: int) -> tuple[Tensor, Tensor]:
     return result.flatten(0, -2)[kept], exact.flatten(0, -2)[kept]
 
 
-class OwnTrial:
-    """A model of ours to be saved in a layout: of the trial's config, or where a layout has no trials of the preset "tiny"."""
-
-    def __init__(self, layout: Layout, name: str, place: Path):
-        self.layout, self.name, self.place = layout, name, place
-        self.entry = get(layouts()[layout.name])
-
-    @cached_property
-    def ours(self) -> nn.Module:
-        if not self.layout.trials:
-            config = build_config(f"{self.entry.name}-tiny")
-        else:
-            kind = {"model_type": self.layout.model_types[0]} if self.layout.model_types else {}
-            sizes = {name: value for name, value in SIZES.items() if name in with_defaults(kind, self.layout)}
-            foreign = with_defaults(kind | sizes | self.layout.trials[self.name], self.layout)
-            config = self.entry.config(**self.layout.config_map(foreign))
-        torch.manual_seed(0)
-        model = model_class(config)(config).eval()
-        push(model, [])
-        return model
-
-
 def of_own_trials(function: Callable[[OwnTrial], float]) -> Callable[[OwnTrial], float]:
     """Enter a property of layouts without an oracle under its name."""
     OWN_PROPERTIES[function.__name__] = function
@@ -456,103 +346,6 @@ def same_bits(before: State, after: State) -> None:
     assert not changed, f"{len(changed)} tensors change, such as {changed[0]}"
 
 
-@dataclass
-class Proof:
-    """What was found out about a layout.
-
-    Args:
-        layout, architecture: names.
-        oracle: whether it was compared with transformers.
-        trials: how many configs were tried.
-        errors: property -> the largest error over all trials.
-        failures: (trial, property) -> what went wrong.
-    """
-
-    layout: str
-    architecture: str
-    oracle: bool
-    trials: int = 0
-    errors: dict[str, float] = field(default_factory=dict)
-    failures: dict[tuple[str, str], str] = field(default_factory=dict)
-
-    def holds(self, label: str) -> bool:
-        return label in self.errors and not any(failed == label for _, failed in self.failures)
-
-
-COLUMNS = {  # heading -> properties
-    "loads": ("loads", "options_are_read", "accounts_for_every_key"),
-    "padding": ("padded_rows_are_as_alone",),
-    "greedy equal": ("greedy_continuations_are_equal",),
-    "gradients": ("gradients_are_equal",),
-    "bfloat16": ("half_precision_stays_half",),
-    "saves back bit-equal": ("written_back_it_is_what_it_was", "bodies_alone_keep_their_bits", "what_is_made_here_is_read_there"),
-}
-
-
-def find(name: str) -> Layout:
-    """The layout of this name, or an error that names the nearest."""
-    for entry in ARCHITECTURES.values():
-        for layout in entry.layouts:
-            if layout.name == name:
-                return layout
-    raise ValueError(f"no layout {name!r}{nearest(name, layouts())}; zoo.layouts() names them")
-
-
-def trial_names(layout: Layout) -> list[str]:
-    """The trials of a layout; one without oracle and trials is tried on the preset "tiny"."""
-    if has_oracle(layout) and not layout.trials:
-        raise ValueError(f"layout {layout.name!r} has no trials; give it some, transformers knows its models")
-    return list(layout.trials) or ["tiny"]
-
-
-def sampled(layout: Layout) -> str:
-    """One of the trials, always the same."""
-    return random.Random(layout.name).choice(trial_names(layout))
-
-
 def properties(layout: Layout) -> dict[str, Callable]:
     """What is to be shown of it."""
     return PROPERTIES if has_oracle(layout) else OWN_PROPERTIES
-
-
-def make_trial(layout: Layout, name: str, place: Path) -> Trial | OwnTrial:
-    """A trial by its name, with an empty folder to work in."""
-    if name not in trial_names(layout):
-        raise ValueError(
-            f"layout {layout.name!r} has no trial {name!r}{nearest(name, layout.trials)}; it has {', '.join(trial_names(layout))}"
-        )
-    return (Trial if has_oracle(layout) else OwnTrial)(layout, name, place)
-
-
-def prove(layout: Layout, trials: Iterable[str] | None = None) -> Proof:
-    """All properties of a layout on some of its trials (default: all)."""
-    proof = Proof(layout.name, layouts()[layout.name], has_oracle(layout))
-    for name in trial_names(layout) if trials is None else trials:
-        with tempfile.TemporaryDirectory(prefix="parity-") as place:
-            trial = make_trial(layout, name, Path(place))
-            proof.trials += 1
-            for label, check in properties(layout).items():
-                try:
-                    proof.errors[label] = max(check(trial), proof.errors.get(label, 0.0))
-                except Exception:  # it may fail in any way; the caller reports it
-                    proof.failures[name, label] = traceback.format_exc(limit=-2)
-                    if "ours" not in vars(trial):  # there is nothing to prove
-                        break
-    return proof
-
-
-def table(proofs: list[Proof], before: str = "") -> list[str]:
-    """A Markdown table with a row for each, and the rows of other layouts that a table has from `before`."""
-    titles = ["layout", "architecture", "max error", *COLUMNS, "configs tried"]
-    old = [[cell.strip() for cell in line.strip("|").split("|")] for line in before.splitlines() if line.startswith("| `")]
-    rows = [row for row in old if row[0].strip("`") in layouts().keys() - {proof.layout for proof in proofs}]
-    for proof in proofs:
-        error = f"{proof.errors['logits_are_equal']:.1e}" if proof.holds("logits_are_equal") else "fails" if proof.oracle else ""
-        held = ["yes" if all(map(proof.holds, labels)) else "fails" for labels in COLUMNS.values()]
-        if not proof.oracle:
-            kept = "yes" if proof.holds("saved_and_loaded_it_is_what_it_was") else "fails"
-            held = [kept if title in ("loads", "bfloat16", "saves back bit-equal") else "" for title in COLUMNS]
-        rows.append([f"`{proof.layout}`", f"`{proof.architecture}`", error, *held, str(proof.trials)])
-    rows = [titles, ["-" * len(title) for title in titles], *sorted(rows)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
