@@ -1,4 +1,4 @@
-"""The model around the blocks, written once for every architecture."""
+"""The model around the blocks, and the head that writes, once for every architecture. `zoo.heads` has the others."""
 
 from contextlib import nullcontext
 from itertools import pairwise
@@ -10,10 +10,6 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
     CausalLMOutputWithPast,
-    MaskedLMOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -288,7 +284,7 @@ class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
         Raises:
             ValueError: `skip_logits` without labels.
         """
-        others = [inputs_embeds, labels, *_without(kwargs).values(), self.config.output_hidden_states]
+        others = [inputs_embeds, labels, *passed_on(kwargs).values(), self.config.output_hidden_states]
         if input_ids is not None and all(value is None or value is False for value in others):
             logits = None if steps is None or past_key_values is None else steps(input_ids, past_key_values)
             if logits is not None:
@@ -298,7 +294,7 @@ class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
                 keep = logits_to_keep if wanted or past_key_values is not None else 0
                 input_ids, past_key_values = self._read_ahead(input_ids, attention_mask, past_key_values, keep)
         out = self.model(
-            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, return_dict=True, **_without(kwargs)
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, return_dict=True, **passed_on(kwargs)
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         states, vocabulary, logits, loss = out.last_hidden_state[:, kept], self.config.vocab_size, None, None
@@ -341,157 +337,7 @@ class ZooForCausalLM(ZooPreTrainedModel, ZooGenerationMixin):
         return logits
 
 
-class ZooForMaskedLM(ZooPreTrainedModel):
-    """Token ids `[B, T]` with masked ones -> logits `[B, T, vocabulary]` for each position itself."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: ZooConfig):
-        super().__init__(config)
-        if config.causal:
-            raise ValueError(f"{type(self).__name__} needs a bidirectional model; set causal=False, or take the ForCausalLM class")
-        self.model = self._base(config)
-        self.head = Transform(config, **config.head_args or {})
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs
-    ) -> MaskedLMOutput:
-        """Logits, and with `labels` `[B, T]` (-100 ignored, not shifted) the mean cross-entropy."""
-        out = self.model(input_ids, attention_mask, use_cache=False, return_dict=True, **_without(kwargs))
-        logits = self.lm_head(self.head(out.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return MaskedLMOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
-
-
-class ZooForSequenceClassification(ZooPreTrainedModel):
-    """Token ids `[B, T]` -> logits `[B, num_labels]`, read at the last token (at the first of a bidirectional model).
-
-    With `config.classifier_args` a `Transform` stands before it, with `config.pooler_args` it reads the pooler; then it has a bias.
-    With `config.classifier_mean` it reads the mean of all states.
-    """
-
-    def __init__(self, config: ZooConfig):
-        super().__init__(config)
-        self.model = self._base(config)
-        own = config.classifier_args is not None
-        self.classifier = Transform(config, **config.classifier_args) if own else nn.Identity()
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=own or config.pooler_args is not None)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs
-    ) -> SequenceClassifierOutputWithPast:
-        """Logits of every sequence; `attention_mask` (or `pad_token_id`) tells where it ends."""
-        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            attention_mask = (input_ids != self.config.pad_token_id).long()
-        out = self.model(input_ids, attention_mask, use_cache=False, return_dict=True, **_without(kwargs))
-        logits = self.score(self._read(out, attention_mask))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=None, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(loss=loss, logits=logits, hidden_states=out.hidden_states)
-
-    def _read(self, out: BaseModelOutputWithPoolingAndCrossAttentions, attention_mask: Tensor | None) -> Tensor:
-        """`[B, D]`: what is classified."""
-        states = out.last_hidden_state
-        if self.config.classifier_mean:
-            weight = states.new_ones(states.shape[:2]) if attention_mask is None else (attention_mask != 0).to(states.dtype)
-            return self.classifier(torch.einsum("btd,bt->bd", states, weight) / weight.sum(-1, keepdim=True))
-        if self.config.classifier_args is None and self.config.pooler_args is not None:
-            return out.pooler_output
-        index = torch.zeros(states.shape[0], dtype=torch.long, device=states.device)
-        if attention_mask is not None:
-            order = torch.arange(1, states.shape[1] + 1, device=states.device) * (attention_mask != 0)
-            index = order.argmax(-1) if self.config.causal else (attention_mask != 0).int().argmax(-1)
-        elif self.config.causal:
-            index = index + states.shape[1] - 1
-        return self.classifier(states[torch.arange(states.shape[0], device=states.device), index])
-
-
-class ZooForTokenClassification(ZooPreTrainedModel):
-    """Token ids `[B, T]` -> logits `[B, T, num_labels]`, with `config.token_classifier_args` behind a `Transform`."""
-
-    def __init__(self, config: ZooConfig):
-        super().__init__(config)
-        self.model = self._base(config)
-        own = config.token_classifier_args is not None
-        self.classifier = Transform(config, **config.token_classifier_args) if own else nn.Identity()
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None, **kwargs
-    ) -> TokenClassifierOutput:
-        """Logits of every token; `labels` `[B, T]` with -100 ignored."""
-        out = self.model(input_ids, attention_mask, use_cache=False, return_dict=True, **_without(kwargs))
-        logits = self.score(self.classifier(out.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)
-
-
-class ZooForQuestionAnswering(ZooPreTrainedModel):
-    """Token ids `[B, T]` -> how likely an answer begins, and ends, at each token: two logits `[B, T]`.
-
-    With `config.token_classifier_args` a `Transform` stands before the head, with `config.answer_block` a channel mixer.
-    """
-
-    def __init__(self, config: ZooConfig):
-        super().__init__(config)
-        self.model = self._base(config)
-        own = config.token_classifier_args is not None
-        self.classifier = Transform(config, **config.token_classifier_args) if own else nn.Identity()
-        self.answer_block = None
-        if config.answer_block:
-            behind = {"post_norm": True, "output_norms": False, "parallel_residual": False}
-            self.answer_block = Block(ZooConfig(**config.shared_fields() | behind), config.num_hidden_layers)
-        self.answer = nn.Linear(config.hidden_size, 2)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, start_positions: Tensor | None = None,
-        end_positions: Tensor | None = None, **kwargs,
-    ) -> QuestionAnsweringModelOutput:  # fmt: skip
-        """Logits, and with the tokens `[B]` at which answers begin and end the mean cross-entropy of both; T or more: ignored.
-
-        Raises:
-            ValueError: one of the two without the other.
-        """
-        if (start_positions is None) != (end_positions is None):
-            raise ValueError("start_positions and end_positions belong together; pass both or neither")
-        out = self.model(input_ids, attention_mask, use_cache=False, return_dict=True, **_without(kwargs))
-        states = out.last_hidden_state if self.answer_block is None else self.answer_block(out.last_hidden_state)[0]
-        begin, end = self.answer(self.classifier(states)).unbind(-1)
-        loss = None if start_positions is None else self.loss_function(begin, end, start_positions, end_positions)
-        return QuestionAnsweringModelOutput(loss=loss, start_logits=begin, end_logits=end, hidden_states=out.hidden_states)
-
-
-SHELLS = {
-    "Model": ZooModel,
-    "ForCausalLM": ZooForCausalLM,
-    "ForMaskedLM": ZooForMaskedLM,
-    "ForSequenceClassification": ZooForSequenceClassification,
-    "ForTokenClassification": ZooForTokenClassification,
-    "ForQuestionAnswering": ZooForQuestionAnswering,
-}
-
-
-def make_models(config: type[ZooConfig], shells: dict[str, type] = SHELLS) -> dict[str, type]:
-    """The model classes of an architecture: suffix -> class, living in the module of its config."""
-    prefix = config.__name__.removesuffix("Config")
-    classes = {}
-    for suffix, shell in shells.items():
-        members = {"config_class": config, "__module__": config.__module__, "__doc__": shell.__doc__, "_base": classes.get("Model")}
-        classes[suffix] = type(prefix + suffix, (shell,), members)
-    return classes
-
-
-def _without(kwargs: dict) -> dict:
+def passed_on(kwargs: dict) -> dict:
     """The arguments a head passes on to the model."""
     return {n: v for n, v in kwargs.items() if n not in ("num_items_in_batch", "shift_labels", "return_dict")}
 

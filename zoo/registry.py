@@ -76,8 +76,7 @@ def register(
         ValueError: the name is taken or malformed, the config's `model_type` or class name does not follow it, there is no
             preset "tiny", or a layout reads a model type that another one reads.
     """
-    from zoo.model import make_models  # the shells need the registry to build their layers
-    from zoo.seq2seq import SHELLS, Seq2SeqConfig
+    from zoo import heads, seq2seq  # which need the registry to build their layers
 
     if name in ARCHITECTURES:
         raise ValueError(f"architecture {name!r} is registered twice; choose another name or call zoo.registry.unregister({name!r})")
@@ -92,7 +91,7 @@ def register(
     if clash := [kind for layout in layouts if layout.matches is None for kind in layout.model_types if kind in taken]:
         raise ValueError(f"architecture {name!r}: model type {clash[0]!r} is read by the layout {taken[clash[0]]!r} already")
     config.name = name
-    models = make_models(config, SHELLS) if issubclass(config, Seq2SeqConfig) else make_models(config)
+    models = make_models(config, (seq2seq if issubclass(config, seq2seq.Seq2SeqConfig) else heads).SHELLS)
     entry = Architecture(name, config, mixer, title, paper, presets, models, layouts)
     AutoConfig.register(config.model_type, config)
     module = sys.modules[config.__module__]
@@ -101,6 +100,16 @@ def register(
         setattr(module, cls.__name__, cls)
     ARCHITECTURES[name] = entry
     return entry
+
+
+def make_models(config: type[ZooConfig], shells: dict[str, type]) -> dict[str, type]:
+    """The model classes of an architecture: suffix -> class, living in the module of its config."""
+    prefix = config.__name__.removesuffix("Config")
+    classes = {}
+    for suffix, shell in shells.items():
+        members = {"config_class": config, "__module__": config.__module__, "__doc__": shell.__doc__, "_base": classes.get("Model")}
+        classes[suffix] = type(prefix + suffix, (shell,), members)
+    return classes
 
 
 def unregister(name: str) -> None:
