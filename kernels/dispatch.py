@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from zoo.kernels import deferral
 from zoo.kernels.packing import Packing
 
 Backend = Literal["auto", "reference", "chunked", "fused"]
@@ -76,6 +77,7 @@ class Op:
             `(**tensors, **options, packing=packing)`.
         step: the module with the Triton kernel for a single token, of which nobody wants a gradient; its function of the operator's
             name takes `(**tensors, **options, into=state or None)`, real tensors only, and has no obstacle.
+        defers: whether the definition of a single token is arithmetic that a `Deferral` puts off.
         complex_kernels: whether the fused kernels take complex tensors too.
         obstacle: `(tensors)` -> why the fused kernels do not take these, or None; float64 and CPUs need not be named.
         opaque: `torch.compile` sees one node (for loops over time); False lets it trace plain torch code and fuse it, for which
@@ -95,6 +97,7 @@ class Op:
     packed: Callable | None = None
     fused: str = ""
     step: str = ""
+    defers: bool = False
     complex_kernels: bool = False
     obstacle: Callable[[dict[str, Tensor | None]], str | None] = lambda tensors: None
     opaque: bool = True
@@ -155,6 +158,15 @@ class Op:
         lead = tensors[self.names[0]]
         if packing is not None:
             packing.check(self.name, self.names[0], lead)
+        if torch.compiler.is_compiling() or (pending := deferral.current()) is None:
+            return self._run(tensors, options, packing, backend)
+        if self.defers and backend == _preferred == "auto":
+            return self.reference(**tensors, **options)
+        with pending.pause(tensors.values()):
+            return self._run(tensors, options, packing, backend)
+
+    def _run(self, tensors: dict[str, Tensor | None], options: dict, packing: Packing | None, backend: Backend):
+        """On the chosen backend, as one node of what is compiled, or where states are."""
         backend = self.resolve(backend, tensors, packing)
         if (self.opaque or backend == "fused") and torch.compiler.is_compiling() and backend != "reference":
             cu_seqlens = None if packing is None else packing.cu_seqlens

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.config import ZooConfig
-from zoo.few_rows import together
 from zoo.fla import CONVOLUTION, GATED_MLP, SHELL, SILU, convolutions, fla_layout, layer, read_convolution, write_convolution
 from zoo.kernels.checks import accumulator
 from zoo.kernels.delta_rule import flops
@@ -81,15 +80,15 @@ class GatedDeltaNetMixer(Mixer):
         return flops(length, self.heads, self.keys, self.values)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        parts = together(x, self.q_proj, self.k_proj, self.v_proj)
-        (q, k, v), after = convolve_together(parts, self.conv, state, packing)
-        q, k = (unit_length(split_heads(t, self.groups)) for t in (q, k))
+        parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         beta = self.largest_beta * wide(self.beta_proj(x)).sigmoid()
         log_decay = self.decay(self.decay_proj(x))
+        gate = None if self.gate_proj is None else split_heads(self.gate_proj(x), self.heads)
+        (q, k, v), after = convolve_together(parts, self.conv, state, packing)
+        q, k = (unit_length(split_heads(t, self.groups)) for t in (q, k))
         o, after["memory"] = ops.delta_rule(
             q, k, split_heads(v, self.heads), beta, log_decay, state=state["memory"] if state else None, packing=packing
         )
-        gate = None if self.gate_proj is None else split_heads(self.gate_proj(x), self.heads)
         return self.out_proj(merge_heads(self.norm(o, gate))), after
 
 

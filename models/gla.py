@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from zoo import ops
 from zoo.config import ZooConfig
-from zoo.few_rows import together
 from zoo.fla import CONVOLUTION, GATED_MLP, SHELL, UNFUSED, convolutions, fla_layout, layer, read_convolution, write_convolution
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
@@ -71,7 +70,7 @@ class GLAMixer(Mixer):
         return flops(length, self.heads, self.keys, self.values)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        *parts, gate = together(x, self.q_proj, self.k_proj, self.v_proj, self.gate_proj)
+        *parts, gate = (project(x) for project in (self.q_proj, self.k_proj, self.v_proj, self.gate_proj))
         after = {}
         if self.conv is not None:
             parts, after = convolve_together(tuple(parts), self.conv, state, packing)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from zoo.config import ZooConfig
-from zoo.few_rows import together
 from zoo.fla import CONVOLUTION, GATED_MLP, SHELL, convolutions, fla_layout, layer, read_convolution, write_convolution
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
@@ -89,7 +88,7 @@ class GSAMixer(Mixer):
         return 2 * length * maps + flops(length, self.heads, self.keys + self.values, self.slots)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        parts, after = together(x, self.q_proj, self.k_proj, self.v_proj), {}
+        parts, after = (self.q_proj(x), self.k_proj(x), self.v_proj(x)), {}
         if self.conv is not None:
             parts, after = convolve_together(parts, self.conv, state, packing)
         q, k, v = (split_heads(part, heads) for part, heads in zip(parts, (self.heads, self.groups, self.groups), strict=True))

@@ -22,7 +22,6 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
-from zoo.few_rows import together
 from zoo.fla import CONVOLUTION, GATED_MLP, SHELL, convolutions, fla_layout, layer, read_convolution, shared_bounds, write_convolution
 from zoo.kernels.checks import accumulator
 from zoo.kernels.linear_attention import flops
@@ -77,7 +76,7 @@ class HGRN2Mixer(Mixer):
         return flops(length, self.heads, self.keys, self.keys)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        parts, after = together(x, self.q_proj, self.forget_proj, self.v_proj), {}
+        parts, after = (self.q_proj(x), self.forget_proj(x), self.v_proj(x)), {}
         if self.conv is not None:
             parts, after = convolve_together(parts, self.conv, state, packing)
         log_forget, write = bounded_gates(parts[1], self.bound_logit)

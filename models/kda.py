@@ -18,7 +18,6 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
-from zoo.few_rows import together
 from zoo.fla import CONVOLUTION, GATED_MLP, SHELL, convolutions, fla_layout, layer, read_convolution, write_convolution
 from zoo.kernels.checks import accumulator
 from zoo.kernels.delta_rule import flops
@@ -97,7 +96,7 @@ class KDAMixer(Mixer):
         return flops(length, self.heads, self.keys, self.values)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        parts = together(x, self.q_proj, self.k_proj, self.v_proj)
+        parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         parts, after = convolve_together(parts, self.conv, state, packing)
         q, k, v = (split_heads(t, self.heads) for t in parts)
         beta = self.largest_beta * wide(self.beta_proj(x)).sigmoid()

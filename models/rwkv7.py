@@ -21,7 +21,6 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
-from zoo.few_rows import together
 from zoo.fla import RWKV_SHELL, fla_layout, layer, rounded_up
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
@@ -127,10 +126,8 @@ class RWKV7Mixer(Mixer):
     ) -> tuple[Tensor, State, Tensor]:
         before, shift = token_shift(x, state["shift"] if state else None, packing)
         xr, xw, xk, xv, xa, xg = mixtures(x, before, [self.shift_mix[name] for name in SHIFTS])
-        r, k, v = together((xr, xk, xv), self.r_proj, self.k_proj, self.v_proj)
-        low_ranks = self.decay_proj, self.rate_proj, self.gate_proj
-        hidden = together((xw, xa, xg), *(low_rank.down for low_rank in low_ranks))
-        decay, rate, gate = (low_rank.rise(low) for low_rank, low in zip(low_ranks, hidden, strict=True))
+        r, k, v = self.r_proj(xr), self.k_proj(xk), self.v_proj(xv)
+        decay, rate, gate = self.decay_proj(xw), self.rate_proj(xa), self.gate_proj(xg)
         log_decay, rate = -DECAY * wide(decay).sigmoid(), rate.sigmoid()
         if carry is None:
             carry = v

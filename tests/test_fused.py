@@ -3,12 +3,9 @@
 Kernels multiply in the dtype of their inputs, so a float32 state of bfloat16 inputs is held to the rule for bfloat16.
 """
 
-import copy
 import importlib
 import inspect
 import itertools
-from contextlib import nullcontext
-from types import MethodType
 from unittest import mock
 
 import pytest
@@ -18,7 +15,7 @@ from test_ops import _along_time, cast, differentiable, inputs, is_state, poison
 import zoo
 from zoo.evaluate.closeness import assert_close
 from zoo.evaluate.subject import Subject
-from zoo.few_rows import FewRows, together
+from zoo.few_rows import FewRows
 from zoo.kernels.dispatch import Op, states_in_place
 from zoo.ops import OPS, Packing, use_backend
 
@@ -155,8 +152,9 @@ MODELS = [
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_models_step_by_kernels(name):
+def test_models_step_by_kernels(name, monkeypatch):
     """Which write new states where the old ones were: whatever a mixer still needs of these, it has to take before."""
+    monkeypatch.setattr("zoo.few_rows.DEVICE", DEVICE)
     subject = Subject(name)
     ids = subject.tokens(2, 8).to(DEVICE)
     results = []
@@ -174,63 +172,10 @@ def test_models_step_by_kernels(name):
             cache = model(ids[:, :5], use_cache=True).past_key_values
             with context:
                 steps = [model.step(ids[:, t : t + 1], cache) for t in range(5, 7)]
-                with FewRows():
+                with FewRows(model):
                     results.append([*steps, model.step(ids[:, 7:], cache)])
     for i, (exact, plain, result) in enumerate(zip(*results, strict=True)):
         assert_close(result, plain, exact, f"step {i}")
-
-
-class Doubled(torch.nn.Linear):
-    """As an adapter is: a linear map and something more."""
-
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
-@pytest.mark.parametrize(
-    "change, rows, launches",
-    [("none", 1, 2), ("none", 8, 2), ("none", 9, 0), ("outside", 1, 0), ("class", 3, 3), ("forward", 2, 3), ("hook", 2, 3)],
-)
-def test_who_multiplies_few_rows(change, rows, launches):
-    """A gated channel mixer is two launches, or three where a layer does more than multiply; and does what it did."""
-    mixer = Subject("gla").model("base").layers[0].channel_mixer.to(DEVICE)
-    up = mixer.up_proj
-    if change == "class":
-        mixer.up_proj = Doubled(up.in_features, up.out_features, bias=False, device=DEVICE)
-        mixer.up_proj.weight = up.weight
-    elif change == "forward":
-        up.forward = MethodType(lambda layer, x: torch.nn.Linear.forward(layer, x) + 1, up)
-    elif change == "hook":
-        up.register_forward_hook(lambda module, args, y: y - 1)
-    x = Subject("gla").inputs(rows, 1).to(DEVICE)
-    multiply = importlib.import_module("zoo.kernels.linear.fused").multiply
-    with torch.no_grad(), mock.patch("zoo.kernels.linear.fused.multiply", side_effect=multiply) as called:
-        plain = mixer(x)[0]
-        assert not called.called
-        with use_backend("fused"), nullcontext() if change == "outside" else FewRows():
-            result = mixer(x)[0]
-    assert called.call_count == launches
-    exact = copy.deepcopy(mixer).double()(x.double())[0]
-    assert_close(result.cpu(), plain.cpu(), exact.cpu(), change)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(
-    "rows, width, sizes, launches", [(1, 2100, (5, 3), 1), (3, 12, (4, 1, 6), 1), (8, 40, (2, 3, 4, 5), 1), (9, 12, (2, 3), 0)]
-)
-def test_maps_of_one_input_are_one_launch(rows, width, sizes, launches, bias):
-    torch.manual_seed(0)
-    layers = [torch.nn.Linear(width, size, bias=bias).to(DEVICE) for size in sizes]
-    x = torch.randn(rows, 1, width).to(DEVICE)
-    own = tuple(torch.randn(len(sizes), rows, 1, width).to(DEVICE))
-    several = importlib.import_module("zoo.kernels.linear.fused").several
-    with torch.no_grad(), mock.patch("zoo.kernels.linear.fused.several", side_effect=several) as called:
-        plain = *together(x, *layers), *together(own, *layers)
-        with use_backend("fused"), FewRows():
-            result = *together(x, *layers), *together(own, *layers)
-    assert called.call_count == 2 * launches
-    for layer, given, y, other in zip(2 * layers, (x,) * len(sizes) + own, result, plain, strict=True):
-        assert_close(y.cpu(), other.cpu(), layer.double()(given.double()).cpu(), f"{layer.out_features} columns")
 
 
 @sampled(0)

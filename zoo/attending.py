@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from zoo import ops
 from zoo.config import ZooConfig
-from zoo.few_rows import together
 from zoo.kernels.attention import cache, flops
 from zoo.kernels.packing import Packing
 from zoo.layers import RMSNorm, merge_heads, rotary_table, rotate, split_heads, token_positions
@@ -102,7 +101,7 @@ class RotaryAttention(AttentionMixer):
         self.k_norm = RMSNorm(keys, eps) if qk_norm else nn.Identity()
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        return self.finish(*together(x, self.q_proj, self.k_proj, self.v_proj), state, packing)
+        return self.finish(self.q_proj(x), self.k_proj(x), self.v_proj(x), state, packing)
 
     def finish(self, q: Tensor, k: Tensor, v: Tensor, state: State | None, packing: Packing | None) -> tuple[Tensor, State]:
         """All that follows the projections `[B, T, H * K]` of q and `[B, T, G * K]` of k and v."""
@@ -112,7 +111,7 @@ class RotaryAttention(AttentionMixer):
 
     def project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[B, T, ., K]` of tokens at these positions `[B, T]`."""
-        return self.turn(*together(x, self.q_proj, self.k_proj, self.v_proj), positions)
+        return self.turn(self.q_proj(x), self.k_proj(x), self.v_proj(x), positions)
 
     def turn(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same of what the projections gave."""

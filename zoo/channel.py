@@ -6,7 +6,6 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from zoo.config import ZooConfig
-from zoo.few_rows import gated
 from zoo.kernels.packing import Packing
 from zoo.layers import token_shift
 from zoo.mixer import Layer, State
@@ -69,11 +68,9 @@ class GatedMLP(ChannelMixer):
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor, state: State | None = None, packing: Packing | None = None) -> tuple[Tensor, State]:
-        hidden = gated(x, self.up_proj, self.gate_proj) if self.act is F.silu and self.gate_scale == 1.0 else None
-        if hidden is None:
-            gate = self.gate_proj(x)
-            hidden = self.act(gate if self.gate_scale == 1.0 else gate * self.gate_scale) * self.up_proj(x)
-        return self.down_proj(hidden), {}
+        gate = self.gate_proj(x)
+        gate = gate if self.gate_scale == 1.0 else gate * self.gate_scale
+        return self.down_proj(self.act(gate) * self.up_proj(x)), {}
 
 
 @register_channel_mixer("mlp")

@@ -206,7 +206,7 @@ class Steps:
         return None if self.recording is None else self.recording.step(ids, cache)
 
     def _step(self, ids: Tensor, cache: ZooCache) -> Tensor:
-        with FewRows():
+        with FewRows(self.model):
             return self.model.step(ids, cache)
 
     def _wanted(self, seen: int) -> int:

@@ -1,99 +1,82 @@
-"""Decode steps: linear maps of few rows by kernels that read a matrix as fast as memory gives it, and what all layers share made once.
+"""Decode steps: arithmetic of a token put off and done in few launches, and what all layers share made once."""
 
-Modules are called as ever: what an adapter or a quantised layer does with `torch.nn.functional.linear` is seen, what it does
-otherwise is its own.
-"""
-
-import importlib
+import threading
 from collections.abc import Callable, Hashable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from zoo import ops
-from zoo.kernels.linear import FEW
+from zoo.kernels.deferral import FLOATS, Deferral
+from zoo.kernels.dispatch import HAS_TRITON
 
-_entered: "list[FewRows]" = []
+DEVICE = "cuda"  # whose kernels are written
+FEW = 8  # rows that one reading of a matrix is multiplied with
+
+LIBRARIES = ("torch", "zoo", "transformers", "peft")
+
+_local = threading.local()
 
 
 class FewRows(TorchFunctionMode):
-    """Within it, around one step, products of at most `FEW` rows with a plain matrix run on the kernels of `ops.linear`, where these
-    can run, and `once` remembers."""
+    """Within it, around one step, arithmetic and products of at most `FEW` rows with a plain matrix are put off and done together
+    (`zoo.kernels.deferral`), and `once` remembers.
 
-    def __init__(self):
+    Modules are called as ever, and what those of adapters do is put off too. Nothing is where `model` has modules that nobody knows
+    here, since these may look into memory past torch, which has not been written yet.
+    """
+
+    def __init__(self, model: nn.Module | None = None):
         super().__init__()
         self.made: dict[tuple, tuple] = {}
+        self.deferral = Deferral(DEVICE) if HAS_TRITON and (model is None or known(model)) else None
 
     def __enter__(self):
-        _entered.append(self)
+        self.outer, _local.entered = getattr(_local, "entered", None), self
+        if self.deferral is not None:
+            self.deferral.__enter__()
         return super().__enter__()
 
     def __exit__(self, *raised):
-        _entered.pop()
-        return super().__exit__(*raised)
+        super().__exit__(*raised)
+        _local.entered = self.outer
+        if self.deferral is not None:
+            self.deferral.__exit__(*raised)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not F.linear or not suits(*args, **kwargs):
+        if func is not F.linear or self.deferral is None or not suits(*args, **kwargs):
             return func(*args, **kwargs)
-        return product(*args, **kwargs)
+        return product(self.deferral, *args, **kwargs)
+
+
+def known(model: nn.Module) -> bool:
+    """Whether all of a model's modules, and the kinds of its tensors, are of libraries that compute by means of torch alone."""
+    plain = all(type(t) in (Tensor, nn.Parameter) for t in (*model.parameters(), *model.buffers()))
+    return plain and all(type(module).__module__.partition(".")[0] in LIBRARIES for module in model.modules())
+
+
+def product(deferral: Deferral, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Of rows in any number of dimensions; arguments as `F.linear` has them."""
+    return deferral.product(input, weight, bias).view(*input.shape[:-1], -1)
+
+
+def suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether this product is one of few rows with a plain matrix; arguments as `F.linear` has them."""
+    given = [t for t in (input, weight, bias) if t is not None]
+    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != input.dtype or t.device.type != DEVICE for t in given):
+        return False
+    few = input.ndim and 0 < input.numel() <= FEW * input.shape[-1] and input.dtype in FLOATS
+    return bool(few) and weight.ndim == 2 and weight.numel() > 0 and weight.stride(1) == 1 and (bias is None or bias.stride(0) == 1)
 
 
 def once(make: Callable, of: Tensor | None, *key: Hashable):
     """`make()`; within `FewRows` what it was at first for this very tensor and key."""
-    if not _entered:
+    entered = None if torch.compiler.is_compiling() else getattr(_local, "entered", None)
+    if entered is None:
         return make()
-    made, key = _entered[-1].made, (id(of), *key)
+    made, key = entered.made, (id(of), *key)
     if key not in made:
         made[key] = make(), of  # which keeps its id as long
     return made[key][0]
-
-
-def suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Whether this product is one of few rows with a plain matrix, and the kernels can run; arguments as `F.linear` has them."""
-    given = [t for t in (input, weight, bias) if t is not None]
-    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != input.dtype for t in given) or not input.ndim:
-        return False
-    if weight.ndim != 2 or weight.stride(1) != 1:
-        return False
-    width = input.shape[-1]
-    if not 0 < input.numel() <= FEW * width:
-        return False
-    tensors = dict.fromkeys(ops.OPS["linear"].names) | {"x": input.reshape(1, -1, width), "weight": weight, "bias": bias}
-    return ops.OPS["linear"].resolve("auto", tensors) == "fused"
-
-
-def product(input: Tensor, weight: Tensor, bias: Tensor | None = None, *gate: Tensor | None) -> Tensor:
-    """`ops.linear` of rows in any number of dimensions."""
-    y = ops.linear(input.reshape(1, -1, input.shape[-1]), weight, bias, *gate, backend="fused")
-    return y.view(*input.shape[:-1], -1)
-
-
-def gated(x: Tensor, linear: nn.Module, gate: nn.Module) -> Tensor | None:
-    """`linear(x) * silu(gate(x))` in one kernel; None: not within `FewRows`, or not of plain layers."""
-    if not _entered or not (plain(linear) and plain(gate)):
-        return None
-    if not (suits(x, linear.weight, linear.bias) and suits(x, gate.weight, gate.bias)):
-        return None
-    return product(x, linear.weight, linear.bias, gate.weight, gate.bias)
-
-
-def together(x: Tensor | tuple[Tensor, ...], *layers: nn.Module) -> tuple[Tensor, ...]:
-    """What two to four layers make of one input, or each of its own of the same shape: within `FewRows` in one kernel, where all are
-    plain, and else one by one."""
-    xs = (x,) * len(layers) if isinstance(x, Tensor) else x
-    pairs = list(zip(layers, xs, strict=True))
-    alike = _entered and all(plain(one) and one.weight.is_contiguous() and one.in_features == layers[0].in_features for one in layers)
-    if not alike or not all(suits(own, one.weight, one.bias) for one, own in pairs):
-        return tuple(one(own) for one, own in pairs)
-    several = importlib.import_module("zoo.kernels.linear.fused").several
-    flat = [own.reshape(-1, own.shape[-1]) for own in xs]
-    parts = several(flat, [one.weight for one in layers], [one.bias for one in layers])
-    return tuple(part.unflatten(0, own.shape[:-1]) for part, own in zip(parts, xs, strict=True))
-
-
-def plain(module: nn.Module) -> bool:
-    """Whether calling it does what torch's linear layer does, and nothing else."""
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return type(module) is nn.Linear and not hooked

@@ -139,10 +139,7 @@ class LowRank(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.rise(self.down(x))
-
-    def rise(self, hidden: Tensor) -> Tensor:
-        """The second half."""
+        hidden = self.down(x)
         return self.up(hidden if self.activation is None else self.activation(hidden))
 
 
@@ -307,11 +304,10 @@ def _rotary_table(positions: Tensor, width: int, theta: float, scaling: dict | N
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the first channels of `x` `[B, T, H, K]` by a `rotary_table`; in x's dtype, as the models were trained."""
     cos, sin = (once(partial(t.to, x.dtype), t, x.dtype) for t in table)
-    width = cos.shape[-1]
-    turning = x[..., :width]
-    first, second = turning.split(width // 2, dim=-1)
-    turned = turning * cos + torch.cat([second, first], dim=-1) * sin  # what compilers expect of `roll`'s strides is not what it gives
-    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
+    half = cos.shape[-1] // 2
+    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
+    turned = first * cos[..., :half] + second * sin[..., :half], second * cos[..., half:] + first * sin[..., half:]
+    return torch.cat([*turned, rest] if rest.shape[-1] else turned, dim=-1)
 
 
 _SCALINGS = {"linear": {"factor"}, "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}}
@@ -349,10 +345,8 @@ def token_positions(x: Tensor, seen: Tensor | None = None, packing: Packing | No
 
 
 def mixtures(x: Tensor, before: Tensor, shares: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """`x + (before - x) * share` for each share `[D]`; a single token's in one go."""
+    """`x + (before - x) * share` for each share `[D]`."""
     back = before - x
-    if x.shape[1] == 1:
-        return torch.addcmul(x, back, torch.stack(tuple(shares)).unsqueeze(1).unsqueeze(1)).unbind()
     return tuple(torch.addcmul(x, back, share) for share in shares)
 
 

@@ -73,6 +73,7 @@ OP = Op(
     along_time=("x", "u"),
     meta=_meta,
     step="zoo.kernels.discretize.fused_step",
+    defers=True,
     opaque=False,
     cases={"heads": _case(), "channels": _case((5,)), "inputs": _case(values=6), "floor": _case(values=6, floor=0.3)},
     call=discretize,

@@ -111,6 +111,7 @@ OP = Op(
     along_time=("x", "gate"),
     meta=_meta,
     fused="zoo.kernels.gated_norm.fused",
+    defers=True,
     obstacle=_obstacle,
     opaque=False,
     cases={

@@ -1,0 +1,321 @@
+"""Kernels for what a `Deferral` has put off: one a launch, written in Triton for the lanes of one level.
+
+Programs of a lane of values hold some rows whole; those of a lane of products hold some columns of all rows, for which they read as
+many rows of each matrix. All sizes are written into the kernel: a step of another batch size is another recording anyway.
+
+Floor: what the lanes read and write, which in a decode step is the matrices.
+"""
+
+import linecache
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from zoo.kernels.deferral.plan import Lane, Layout, Node, Operand, chain, layout, padded
+from zoo.kernels.discretize.fused_step import softplus
+from zoo.kernels.fused import sigmoid
+from zoo.kernels.launch import launch
+from zoo.kernels.segments import cdiv
+
+TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.bool: "tl.int1"}
+NUMBERS = 512  # of each value that a program of short rows holds
+TILE = 8192  # numbers that a program multiplies at once where it makes its input itself
+COLUMNS = 4  # of a product, for which it then makes it
+TALLEST = 8  # rows of a product
+DEEPEST = 2048  # channels that a program multiplies at once
+LONG = 4096  # numbers of a row that twice as many warps hold
+
+
+@triton.jit
+def expm1(x):
+    """With all digits of its smallest values."""
+    u = tl.exp(x)
+    safe = (u != 1.0) & (tl.abs(x) < 0.5)
+    return tl.where(u == 1.0, x, tl.where(safe, (u - 1.0) * x / tl.log(tl.where(safe, u, 2.0)), u - 1.0))
+
+
+@triton.jit
+def log1p(x):
+    """With all digits of its smallest values."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def tanh(x):
+    """By its series where the difference of exponentials would lose digits."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    s = x * x
+    near = 1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
+    return tl.where(tl.abs(x) < 0.25, x * near, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def gelu_none(x):
+    return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
+
+
+@triton.jit
+def gelu_tanh(x):
+    return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
+def products(X, W, x_r, w_n, D, r, n, inside, row, M: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
+    """[M, BN], rows r of X with rows n of W, summed once at the end so that nobody waits before the next numbers are asked for."""
+    d = tl.arange(0, BD)
+    acc = tl.zeros((M, BN, BD), tl.float32)
+    X += (r * x_r)[:, None, None] + d[None, None, :]
+    W += (n * w_n)[None, :, None] + d[None, None, :]
+    for start in range(0, D, BD):
+        here = (start + d)[None, None, :] < D
+        w = tl.load(W + start, mask=here & row[None, :, None], other=0.0)
+        x = tl.load(X + start, mask=here & inside[:, None, None], other=0.0)
+        acc += x.to(tl.float32) * w.to(tl.float32)
+    return tl.sum(acc, 2)
+
+
+@dataclass
+class Place:
+    """Where a program's elements are: `flat` among all, or in row `high` at `low` of rows of `width`; `mask`: which exist; `axis`: along
+    which rows lie."""
+
+    flat: str
+    mask: str
+    high: str = ""
+    low: str = ""
+    width: int = 0
+    axis: int = 1
+
+
+def address(lies: Layout, place: Place) -> str:
+    """Of the elements at a place, in memory that lies so over them."""
+    cut = divided(lies, place.width) if place.width else None
+    parts = [(lies, place.flat)] if cut is None else zip(cut, (place.high, place.low), strict=True)
+    found = [terms(part, at) for part, at in parts]
+    return " + ".join([*filter(None, found), f"0 * {place.flat}"])  # which makes it as large as the place
+
+
+def divided(lies: Layout, width: int) -> tuple[Layout, Layout] | None:
+    """Outer and inner dimensions, the inner ones being rows of this width, if they end with dimensions."""
+    outer, inner = list(lies), []
+    while width > 1:
+        size, stride = outer.pop()
+        if width % size == 0:
+            inner.insert(0, (size, stride))
+            width //= size
+        elif size % width == 0:
+            inner.insert(0, (width, stride))
+            outer.append((size // width, stride * width))
+            width = 1
+        else:
+            return None
+    return tuple(outer), tuple(inner)
+
+
+def terms(lies: Layout, at: str) -> str:
+    found, inner = [], 1
+    for place, (size, stride) in enumerate(reversed(lies), start=1):
+        if stride:
+            index = at if inner == 1 else f"({at} // {inner})"
+            index = index if place == len(lies) else f"({index} % {size})"
+            found.append(index if stride == 1 else f"{index} * {stride}")
+        inner *= size
+    return " + ".join(found)
+
+
+class Writer:
+    """The source of a kernel, and the tensors that it takes."""
+
+    def __init__(self):
+        self.lines: list[str] = []
+        self.tensors: dict[tuple, tuple[str, Tensor]] = {}
+        self.programs = self.count = 0
+        self.warps = 4
+
+    def add(self, lane: Lane) -> None:
+        """A lane's programs, behind those of the lanes before."""
+        made = {part: None for node in lane.nodes if node.needed for part in chain(node)}
+        nodes = [node for node in lane.nodes if node in made]
+        start, self.lines = len(self.lines), [*self.lines, ""]
+        programs = self.columns(lane, nodes) if any(node.kind == "product" for node in nodes) else self.rows(lane, nodes)
+        self.lines[start] = f"    if (program >= {self.programs}) & (program < {self.programs + programs}):"
+        self.programs += programs
+
+    def line(self, text: str) -> None:
+        self.lines.append(f"        {text}")
+
+    def name(self, text: str) -> str:
+        """A variable with this value."""
+        self.count += 1
+        self.line(f"v{self.count} = {text}")
+        return f"v{self.count}"
+
+    def tensor(self, x: Tensor) -> str:
+        key = x.data_ptr(), x.dtype
+        return self.tensors.setdefault(key, (f"T{len(self.tensors)}", x))[0]
+
+    # -- lanes ---------------------------------------------------------------------------------------------------------
+
+    def rows(self, lane: Lane, nodes: list[Node]) -> int:
+        """Programs that hold rows of values, or elements in no rows."""
+        width = lane.width or lane.count
+        count, block = lane.count // width, min(padded(width), 1 << 30 if lane.width else NUMBERS)
+        height = 1 if not lane.width else min(padded(count), max(1, NUMBERS // block))
+        self.warps = max(self.warps, 8 if block >= LONG else 4)
+        first = self.name(f"program - {self.programs}")
+        if not lane.width:
+            flat = self.name(f"{first} * {block} + tl.arange(0, {block})[None, :]")
+            self.values(lane, nodes, Place(flat, self.name(f"{flat} < {width}")), None)
+            return cdiv(width, block)
+        r, c = self.name(f"{first} * {height} + tl.arange(0, {height})[:, None]"), self.name(f"tl.arange(0, {block})[None, :]")
+        inside = self.name(f"{r} < {count}")
+        whole = Place(self.name(f"{r} * {width} + {c}"), self.name(f"{inside} & ({c} < {width})"), r, c, width)
+        self.values(lane, nodes, whole, Place(r, inside))
+        return cdiv(count, height)
+
+    def columns(self, lane: Lane, nodes: list[Node]) -> int:
+        """Programs that hold all rows of some columns of products."""
+        width, count = lane.width, lane.count // lane.width
+        mine = [node for node in nodes if node.kind == "product"]
+        height = padded(count)
+        columns = min(breadth(node, height, len(mine)) for node in mine)
+        m, n = self.name(f"tl.arange(0, {height})"), self.name(f"(program - {self.programs}) * {columns} + tl.arange(0, {columns})")
+        place = Place(
+            self.name(f"{m}[:, None] * {width} + {n}[None, :]"), self.name(f"({m} < {count})[:, None] & ({n} < {width})[None, :]"),
+            f"{m}[:, None]", f"{n}[None, :]", width,
+        )  # fmt: skip
+        known = self.products(mine, m, n, place, (height, columns, count))
+        self.values(lane, nodes, place, None, known)
+        return cdiv(width, columns)
+
+    def products(self, nodes: list[Node], m: str, n: str, place: Place, sizes: tuple[int, int, int]) -> dict[Node, str]:
+        """The sums, without what follows them. Matrices are asked for before the rows that meet them are made."""
+        height, columns, count = sizes
+        known, loaded, made = {}, {}, {}
+        row = f"{n} < {place.width}"
+        for node in nodes:
+            if node.inlined:
+                d = self.name(f"tl.arange(0, {padded(node.width)})")
+                weight, stride = self.tensor(node.weight), node.weight.stride(0)
+                mask = f"({row})[:, None] & ({d} < {node.width})[None, :]"
+                loaded[node] = (
+                    d,
+                    self.name(f"tl.load({weight} + {n}.to(tl.int64)[:, None] * {stride} + {d}[None, :], mask={mask}, other=0.0)"),
+                )
+        for node in nodes:
+            (one,) = node.operands
+            if node.inlined:
+                d, weight = loaded[node]
+                source = one.source
+                if source not in made:
+                    made[source] = self.input(source, m, d, count, node.width)
+                total = f"tl.sum({made[source]} * {weight}.to(tl.float32), 2)"
+            else:
+                x, weight = self.tensor(one.tensor), self.tensor(node.weight)
+                strides = f"{one.tensor.stride(0)}, {node.weight.stride(0)}, {node.width}"
+                block = depth(node, height)
+                total = f"products({x}, {weight}, {strides}, {m}, {n}.to(tl.int64), {m} < {count}, {row}, {height}, {columns}, {block})"
+            if node.bias is not None:
+                total += f" + tl.load({self.tensor(node.bias)} + {n}, mask={row}, other=0.0).to(tl.float32)[None, :]"
+            known[node] = self.rounded(self.name(total), node)
+        return known
+
+    def input(self, source: Node, m: str, d: str, count: int, width: int) -> str:
+        """What a product multiplies, made of what it comes from."""
+        m = self.name(f"{m}[:, None, None]")
+        inside = self.name(f"{m} < {count}")
+        place = Place(self.name(f"{m} * {width} + {d}"), self.name(f"{inside} & ({d} < {width})"), m, d, width, axis=2)
+        known = self.values(source.lane, chain(source), place, Place(m, inside), store=False)
+        return self.name(f"tl.where({place.mask}, {known[source]}, 0.0)")
+
+    # -- nodes ---------------------------------------------------------------------------------------------------------
+
+    def values(
+        self, lane: Lane, nodes: list[Node], place: Place, rows: Place | None, known: dict | None = None, store: bool = True
+    ) -> dict:
+        """All nodes of a lane but products, and what is needed of them in memory."""
+        known = known or {}
+        for node in nodes:
+            at = place if node.numel == lane.count or rows is None else rows
+            if node.kind == "value":
+                known[node] = self.expression(node, [self.operand(one, node, lane, at, known) for one in node.operands])
+            elif node.kind != "product":
+                (one,) = node.operands
+                x = self.operand(one, node, lane, place, known)
+                known[node] = self.rounded(self.name(reduced(node, x, place)), node)
+            if node.needed and store:
+                where = address(layout(node.out, node.out.shape), at)
+                self.line(f"tl.store({self.tensor(node.out)} + {where}, {known[node]}.to({TYPES[node.out.dtype]}), mask={at.mask})")
+        return known
+
+    def operand(self, one: Operand, node: Node, lane: Lane | None, place: Place, known: dict[Node, str]) -> str:
+        if lane is not None and lane.has(one, node):
+            return known[one.source]
+        if one.repeats:
+            at = Place(self.name(f"{address(one.lies, place)} + {one.tensor.storage_offset()}"), place.mask)
+            return self.expression(one.source, [self.operand(inner, one.source, None, at, known) for inner in one.source.operands])
+        load = self.name(f"tl.load({self.tensor(one.tensor)} + {address(one.lies, place)}, mask={place.mask}, other=0)")
+        return load if one.tensor.dtype == torch.bool else self.name(f"{load}.to(tl.float32)")
+
+    def expression(self, node: Node, operands: list[str]) -> str:
+        return self.rounded(self.name(node.text.format(*operands)), node)
+
+    def rounded(self, name: str, node: Node) -> str:
+        dtype = node.out.dtype
+        return name if dtype in (torch.float32, torch.bool) else self.name(f"{name}.to({TYPES[dtype]}).to(tl.float32)")
+
+
+def reduced(node: Node, x: str, place: Place) -> str:
+    if node.kind == "amax":
+        return f'tl.max(tl.where({place.mask}, {x}, float("-inf")), {place.axis}, keep_dims=True)'
+    total = f"tl.sum(tl.where({place.mask}, {x}, 0.0), {place.axis}, keep_dims=True)"
+    return total if node.kind == "sum" else f"{total} / {float(node.width)}"
+
+
+def breadth(node: Node, height: int, together: int) -> int:
+    """Columns of a product that a program takes."""
+    if node.inlined:
+        return max(1, min(COLUMNS, TILE // (height * padded(node.width) * padded(together))))
+    if node.width <= DEEPEST // (2 if height > 2 else 1):
+        return min(16, DEEPEST // (2 if height > 2 else 1) // padded(node.width))
+    return 1 if node.width <= DEEPEST or height == TALLEST else 2
+
+
+def depth(node: Node, height: int) -> int:
+    """Channels of it that a program multiplies at once."""
+    return min(padded(node.width), DEEPEST // 2 if height > 2 or (node.width > DEEPEST and node.width % DEEPEST) else DEEPEST)
+
+
+HELPERS = {
+    "tl": tl, "products": products, "sigmoid": sigmoid, "softplus": softplus, "expm1": expm1, "log1p": log1p, "tanh": tanh,
+    "gelu_none": gelu_none, "gelu_tanh": gelu_tanh,
+}  # fmt: skip
+
+
+@cache
+def compiled(name: str, text: str):
+    """The kernel of this source, which Triton looks up as that of a file."""
+    file = f"<deferred {len(linecache.cache)}>"
+    linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
+    space = dict(HELPERS)
+    exec(compile(text, file, "exec"), space)
+    return triton.jit(space[name])
+
+
+def run(levels: list[list[Lane]]) -> None:
+    """One launch a level, by the name of its products."""
+    for lanes in levels:
+        writer = Writer()
+        for lane in lanes:
+            writer.add(lane)
+        matrices = [node.weight.shape for lane in lanes for node in lane.nodes if node.kind == "product"]
+        name = "_".join(["deferred", *(f"{columns}x{width}" for columns, width in matrices)])
+        names, tensors = zip(*writer.tensors.values(), strict=True)
+        text = "\n".join([f"def {name}({', '.join(names)}):", "    program = tl.program_id(0)", *writer.lines, ""])
+        launch(compiled(name, text), writer.programs, *tensors, num_warps=writer.warps)
