@@ -160,7 +160,7 @@ class Op:
             packing.check(self.name, self.names[0], lead)
         if torch.compiler.is_compiling() or (pending := deferral.current()) is None:
             return self._run(tensors, options, packing, backend)
-        if self.defers and backend == _preferred == "auto":
+        if self.defers and backend == _preferred == "auto" and pending.takes(tensors.values()):
             return self.reference(**tensors, **options)
         with pending.pause(tensors.values()):
             return self._run(tensors, options, packing, backend)

@@ -20,6 +20,7 @@ from transformers import initialization as init
 
 from zoo import ops
 from zoo.config import ZooConfig
+from zoo.few_rows import once
 from zoo.kernels.checks import accumulator
 from zoo.kernels.packing import Packing
 from zoo.kernels.scan import flops
@@ -85,13 +86,16 @@ class GriffinMixer(Mixer):
         gate = F.gelu(self.gate_proj(x), approximate="tanh")
         u, conv = self.conv(self.x_proj(x), state.get("conv"), packing)
         seen = state.get("length")
-        first = (token_positions(x, seen, packing) == 0).unsqueeze(-1)
+        positions = token_positions(x, seen, packing)
+        first = once(lambda: (positions == 0).unsqueeze(-1), positions, "first")
         log_decay = -STRENGTH * wide(torch.sigmoid(self.recurrence_gate(u))) * F.softplus(wide(self.decay))
         # the floor keeps the root's gradient finite where the gate has closed
         scale = torch.sqrt((-torch.expm1(2 * log_decay)).clamp_min(torch.finfo(log_decay.dtype).tiny))
         entering = wide(u) * wide(torch.sigmoid(self.input_gate(u)))
         h, hidden = ops.scan(torch.where(first, entering, entering * scale), log_decay, state=state.get("hidden"), packing=packing)
-        tokens = x.new_full((x.shape[0],), x.shape[1], dtype=torch.long) if packing is None else packing.cu_seqlens.diff()
+        tokens = None if packing is None else packing.cu_seqlens.diff()
+        if tokens is None:
+            tokens = once(lambda: x.new_full(x.shape[:1], x.shape[1], dtype=torch.long), positions, "tokens")
         after = {"hidden": hidden, "conv": conv, "length": tokens if seen is None else seen + tokens}
         return self.out_proj(h.to(x.dtype) * gate), after
 

@@ -123,6 +123,14 @@ class Deferral(TorchDispatchMode):
                 self.settle([t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)], changes)
         return func(*args, **kwargs)
 
+    def takes(self, tensors: Iterable[Tensor | None]) -> bool:
+        """Whether arithmetic with these is put off."""
+        return not self.paused and all(x is None or self._suits(x) for x in tensors)
+
+    def _suits(self, x: Tensor) -> bool:
+        plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == self.device and x.layout is torch.strided
+        return plain and x.dtype in (*FLOATS, torch.bool) and 0 < x.numel() <= LARGEST
+
     def settle(self, tensors: Iterable[Tensor | None], changes: bool = True) -> None:
         """Do what is pending if it writes these, or reads what is about to be changed."""
         keys = {_storage(t) for t in tensors if t is not None and t.device.type == self.device}
@@ -155,7 +163,7 @@ class Deferral(TorchDispatchMode):
     def _put_off(self, func, args: tuple, kwargs: dict):
         name = func.overloadpacket.__name__
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if func.namespace != "aten" or not tensors or not all(self._suits(t) for t in tensors):
+        if func.namespace != "aten" or not tensors or not self.takes(tensors):
             return None
         if name == "copy_":
             return self._copy(*args[:2])
@@ -166,10 +174,6 @@ class Deferral(TorchDispatchMode):
         if name in VALUES and not func._schema.is_mutable:
             return self._value(func, name, args, kwargs)
         return None
-
-    def _suits(self, x: Tensor) -> bool:
-        plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == self.device and x.layout is torch.strided
-        return plain and x.dtype in (*FLOATS, torch.bool) and 0 < x.numel() <= LARGEST
 
     def _value(self, func, name: str, args: tuple, kwargs: dict):
         flat = tree_leaves((args, kwargs))

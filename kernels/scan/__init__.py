@@ -124,6 +124,7 @@ OP = Op(
     along_time=("x", "log_decay"),
     meta=_meta,
     fused="zoo.kernels.scan.fused",
+    defers=True,
     complex_kernels=True,
     cases={
         "token": _case(),
