@@ -56,11 +56,12 @@ CALLS = {
     "log_sigmoid_forward": lambda a, b: F.logsigmoid(4 * a), "maximum": torch.maximum, "minimum": torch.minimum,
     "clamp": lambda a, b: (a.clamp(-0.5, 0.5), a.clamp(min=0.1), a.clamp(max=0.1)), "clamp_min": lambda a, b: a.clamp_min(0.2),
     "clamp_max": lambda a, b: a.clamp_max(0.2), "where": lambda a, b: torch.where(a > b, a, b),
-    "addcmul": lambda a, b: torch.addcmul(a, a, b, value=0.7), "lerp": lambda a, b: torch.lerp(a, b, b.sigmoid()),
+    "addcmul": lambda a, b: torch.addcmul(a, a, b, value=0.7),
+    "lerp": lambda a, b: (torch.lerp(a, b, b.sigmoid()), torch.lerp(a, a + b, 0.3), torch.lerp(a, a + b, 0.7)),
     "eq": lambda a, b: torch.where(a == b, a, b), "ne": lambda a, b: torch.where(a != b, a, b),
     "lt": lambda a, b: torch.where(a < 0.1, a, b), "le": lambda a, b: torch.where(a <= b, a, b),
     "gt": lambda a, b: torch.where(a > 0.1, a, b), "ge": lambda a, b: torch.where(a >= b, a, b),
-    "_to_copy": lambda a, b: a.to(b.dtype if b.dtype == torch.float64 else torch.float32) + 0, "clone": lambda a, b: a.clone(),
+    "_to_copy": lambda a, b: a.to(torch.float64 if b.dtype == torch.float64 else torch.float32) + 0, "clone": lambda a, b: a.clone(),
 }  # fmt: skip
 
 

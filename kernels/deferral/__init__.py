@@ -45,6 +45,11 @@ def power(x: str, exponent: str) -> str | None:
     return {"2.0": f"({x} * {x})", "0.5": f"tl.sqrt({x})", "-0.5": f"tl.rsqrt({x})", "3.0": f"({x} * {x} * {x})"}.get(exponent)
 
 
+def mixed(a: str, b: str, share: str) -> str:
+    """From the nearer of both ends, as torch has it."""
+    return f"tl.where(({share} < 0.5) & ({share} > -0.5), {a} + {share} * ({b} - {a}), {b} - ({b} - {a}) * (1.0 - {share}))"
+
+
 VALUES: dict[str, Callable[..., str | None]] = {
     "add": lambda a, b, alpha="1.0": f"({a} + {b})" if alpha == "1.0" else f"({a} + {alpha} * {b})",
     "sub": lambda a, b, alpha="1.0": f"({a} - {b})" if alpha == "1.0" else f"({a} - {alpha} * {b})",
@@ -77,7 +82,7 @@ VALUES: dict[str, Callable[..., str | None]] = {
     "clamp_max": lambda a, b: f"tl.minimum({a}, {b})",
     "where": lambda c, a, b: f"tl.where({c}, {a}, {b})",
     "addcmul": lambda a, b, c, value="1.0": f"({a} + {b} * {c})" if value == "1.0" else f"({a} + {value} * {b} * {c})",
-    "lerp": lambda a, b, w: f"tl.where(tl.abs({w}) < 0.5, {a} + {w} * ({b} - {a}), {b} - ({b} - {a}) * (1.0 - {w}))",
+    "lerp": mixed,
     "eq": comparison("=="), "ne": comparison("!="), "lt": comparison("<"), "le": comparison("<="), "gt": comparison(">"),
     "ge": comparison(">="),
     "_to_copy": lambda a: a,
