@@ -62,7 +62,7 @@ class Operand:
 @dataclass(eq=False)
 class Node:
     """One operation. kind: "value", `text` of its operands' elements {0}, {1}, ...; "sum", "mean" or "amax" along rows of `width`;
-    "product" of its operand's rows of `width` with `weight` `[N, width]`, and `bias` `[N]`. shape: of what it computes."""
+    "product" of its operand's rows of `width` with `weight` `[N, width]`, and `bias` `[N]`."""
 
     kind: str
     operands: list[Operand]
