@@ -20,6 +20,8 @@ def launch(kernel, programs: int, *args, num_warps: int = 4, num_stages: int = 1
     """
     lead = args[0]
     if lead.device.type == "cpu":  # interpreted
+        if num_warps.bit_count() != 1:
+            raise ValueError(f"{kernel.__name__} has {num_warps} warps; compiled, it takes a power of two")
         kernel[(programs,)](*args, **constants)
         return
     if lead.device.index != torch.cuda.current_device():

@@ -88,6 +88,7 @@ def test_recorded_steps_equal_plain_ones(name, monkeypatch):
         written = []
         for device in ("none", "cuda"):
             recorder.count = 0
+            decode.forget(model)  # so that nothing is left from the way before
             monkeypatch.setattr(decode, "DEVICE", device)
             torch.manual_seed(0)
             arguments = {"max_new_tokens": 40, "pad_token_id": 0, "eos_token_id": None, "attention_mask": mask} | way

@@ -38,7 +38,7 @@ def chained(bounds: Tensor, totals: Tensor, segments: Segments, initial: Tensor 
     launch(
         chain, cdiv(width, block) * (segments.first.numel() - 1),
         parts(bounds), parts(totals), segments.first, parts(initial), width, BLOCK=block, AHEAD=AHEAD, COMPLEX=totals.is_complex(),
-        REVERSE=reverse, num_warps=block // 64,
+        REVERSE=reverse, num_warps=max(1, block // 64),
     )  # fmt: skip
 
 
