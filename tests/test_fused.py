@@ -275,6 +275,20 @@ def test_compiles(op, draw):
         assert (x is None) == (r is None) and (r is None or torch.equal(x, r)), f"gradient of {name}"
 
 
+@pytest.mark.parametrize("launch", [{}, {"WHOLE": 1}, {"ANCHOR": 64}, {"ANCHOR": 64, "FILLED": 4}, {"ANCHOR": 64, "WHOLE": 1}], ids=str)
+@pytest.mark.parametrize("keys, values", [(80, 128), (128, 96)])
+def test_wide_heads_without_decay(keys, values, launch, monkeypatch):
+    """Launches that hold transposes: of half a head and of a whole one, cut up never, always, or for the gradients of k and v only."""
+    op, length = OPS["linear_attention"], 150
+    for name, value in launch.items():
+        monkeypatch.setattr(importlib.import_module(op.fused), name, value)
+    packing = Packing.from_lengths([3, 64, 0, length - 67]) if launch == {"WHOLE": 1} else None
+    shapes = {"q": (1, length, 1, keys), "k": (1, length, 2, keys), "v": (1, length, 2, values)}
+    shapes["state"] = (4 if packing else 1, 2, keys, values)
+    draw = torch.Generator().manual_seed(0)
+    compare(op, {n: torch.randn(*x, generator=draw, dtype=torch.float64) for n, x in shapes.items()}, torch.bfloat16, packing)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("decay", ["none", "head", "token", "channel"])
 @pytest.mark.parametrize(

@@ -13,13 +13,15 @@ from triton import language as tl
 
 from zoo.kernels.fused import numbers
 from zoo.kernels.launch import launch, rows, strides, zero
-from zoo.kernels.linear_attention import fused_channel, fused_scalar
+from zoo.kernels.linear_attention import fused_bounds, fused_channel, fused_pair, fused_scalar
 from zoo.kernels.linear_attention.reference import normalized
 from zoo.kernels.packing import Packing
 from zoo.kernels.segments import Segments, cdiv, padded_size
 
 CHUNK = 64
 FILLED = 128  # programs that occupy a GPU well enough to leave sequences whole
+WHOLE = 96  # heads of all segments from which a program takes all of a head's channels
+TURNED = 128  # channels of keys and of values, padded, for which launches that hold transposes were measured to be faster
 WIDEST = 256  # channels that a product within a chunk sums up at once
 AHEAD, LANES = 8, 128  # tokens that are read before the first is used, where a warp runs along tokens, and its channels
 ANCHOR = 1024  # tokens over which the gradient of a decay may be summed up from rounded products
@@ -35,8 +37,24 @@ def linear_attention(q, k, v, log_decay, bonus, value_log_decay, state, scale: f
     cu_seqlens = None if packing is None else packing.cu_seqlens
     run = _Channel if log_decay is not None and log_decay.ndim == 4 else _Scalar
     given = (q, k, v, log_decay, bonus, state) if run is _Channel else (q, k, v, log_decay, state)
-    out, state = run.apply(*given, scale, cu_seqlens)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        out, state = run.apply(*given, scale, cu_seqlens)
+    else:  # the host's time for an autograd.Function is saved, and nothing is cut up for gradients
+        out, state = run.forward(Unrecorded(len(given)), *given, scale, cu_seqlens)
     return normalized(out.float()).to(out.dtype) if normalize else out, state
+
+
+class Unrecorded:
+    """In place of the context of an `autograd.Function` that nobody differentiates."""
+
+    def __init__(self, inputs: int):
+        self.needs_input_grad = (False,) * inputs
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
 
 
 def _by_channel(q: Tensor, k: Tensor, log_decay: Tensor | None, heads: int) -> Tensor:
@@ -47,30 +65,34 @@ def _by_channel(q: Tensor, k: Tensor, log_decay: Tensor | None, heads: int) -> T
     return (log_decay if log_decay.ndim == 3 else log_decay[None, None]).unsqueeze(-1).expand(shape)
 
 
-def segment_length(length: int, programs: int, anchored: bool, packed: bool) -> int:
+def segment_length(length: int, programs: int, wanted: int, anchored: bool, packed: bool) -> int:
     """How long segments are: whole sequences where these are short or programs enough, never so short that states outweigh tokens."""
     if not packed and (length <= 2 * ANCHOR or (programs >= FILLED and not anchored)):
         return length
-    pieces = cdiv(2 * FILLED, programs)
+    pieces = cdiv(wanted, programs)
     return ANCHOR if anchored else max(ANCHOR, cdiv(cdiv(length, pieces), CHUNK) * CHUNK)
 
 
 class Tile(NamedTuple):
-    """A launch of `sweep`: channels of the slice, warps, stages of the pipeline."""
+    """A launch of `sweep`: channels of the slice, warps, stages of the pipeline, and whether it holds transposes."""
 
     slice: int
     warps: int
     stages: int
+    turned: bool = False
 
 
-def tile(inner: int, width: int, dtype: torch.dtype, channels: int) -> Tile:
-    """For an inner dimension and a width; `channels`: the width of all heads and segments together."""
+def tile(inner: int, width: int, dtype: torch.dtype, heads: int, turned: bool, stored: bool) -> Tile:
+    """For an inner dimension and a width; `heads`: of all segments together; `turned`: whether it may hold transposes; `stored`: whether
+    the state behind the last token is, for which half a head's transposes in registers were slower."""
     padded = padded_size(inner)
     if dtype != torch.bfloat16:
         return Tile(min(32 if padded <= 128 else 16, padded_size(width)), 8, 1)
+    if turned and heads >= WHOLE:  # one program on a multiprocessor has to read ahead
+        return Tile(TURNED, 8, 3, True)
     part = min(64, padded_size(width))
-    if padded <= 128:  # two programs on a multiprocessor hide one another's waits; one alone has to read ahead
-        return Tile(part, 4, 2 if channels >= 2 * FILLED * part else 3)
+    if padded <= 128:  # two programs on a multiprocessor hide one another's waits
+        return Tile(part, 4, 2 if heads * width >= 2 * FILLED * part else 3, turned and not stored)
     return Tile(part, 8, 2) if padded <= 256 else Tile(min(32, part), 8, 1)
 
 
@@ -83,7 +105,7 @@ def chunk_length(channels: int, dtype: torch.dtype) -> int:
 class Problem:
     """Sizes, decays and segments of one call, and its launches."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, scale: float, cu_seqlens: Tensor | None, anchored: bool):
+    def __init__(self, q, k, v, log_decay: Tensor | None, scale: float, cu_seqlens: Tensor | None, anchored: bool, paired: bool = False):
         self.batch, self.length = q.shape[:2]
         self.heads = max(q.shape[2], k.shape[2], v.shape[2])
         self.keys, self.values = q.shape[3], v.shape[3]
@@ -92,10 +114,13 @@ class Problem:
         self.exact = torch.float64 if q.dtype == torch.float32 else torch.float32  # what kernels sum up in
         self.wide = torch.bfloat16 if q.dtype == torch.bfloat16 else self.exact  # of scaled queries and keys
         self.acc = tl.float64 if self.exact == torch.float64 else tl.float32
-        programs = self.batch * self.heads * cdiv(self.values, 64)
-        size = min(segment_length(self.length, programs, anchored, cu_seqlens is not None), self.length)
+        programs, wanted = self.batch * self.heads, FILLED
+        if not paired:
+            programs, wanted = programs * cdiv(self.values, 64), 2 * FILLED
+        size = min(segment_length(self.length, programs, wanted, anchored, cu_seqlens is not None), self.length)
         self.segments = Segments.of(self.batch, self.length, size, cu_seqlens, q.device)
         self.log_decay, self.channel = log_decay, log_decay is not None and log_decay.ndim == 4
+        self.turned = log_decay is None and q.dtype == torch.bfloat16 and padded_size(self.keys) == padded_size(self.values) == TURNED
         channels = max(self.keys, self.values)
         self.chunk = chunk_length(channels if self.channel else min(channels, WIDEST), q.dtype)
         self.chunks = cdiv(size, self.chunk)  # of a segment
@@ -139,7 +164,7 @@ class Problem:
         keys, values = (min(32 if self.dtype == torch.float32 else 64, padded_size(n)) for n in (self.keys, self.values))
         tiles = cdiv(self.keys, keys) * cdiv(self.values, values)
         launch(
-            fused_scalar.collect, tiles * self.heads * seg.count,
+            fused_bounds.collect, tiles * self.heads * seg.count,
             b, y, bounds, self.sums, seg.table, self.edges, self.unsafe, self.safes, *strides(b), *strides(y), *self.per_token,
             self.heads // b.shape[2], self.heads // y.shape[2], self.heads, self.keys, self.values, self.chunks,
             BD=keys, BW=values, C=self.chunk, EVEN=self.keys % keys == 0 and self.values % values == 0, REVERSE=reverse,
@@ -147,7 +172,7 @@ class Problem:
         )  # fmt: skip
         block = min(1024, padded_size(size))
         launch(
-            fused_scalar.chain, cdiv(size, block) * self.heads * self.sequences,
+            fused_bounds.chain, cdiv(size, block) * self.heads * self.sequences,
             bounds, self.totals, seg.first, initial, self.heads, self.keys, self.values, BLOCK=block, AHEAD=AHEAD, REVERSE=reverse,
             DECAY=0 if self.totals is None else self.totals.ndim, HAS_INIT=initial is not None, num_warps=4,
         )  # fmt: skip
@@ -168,40 +193,73 @@ class Problem:
 
     def _sweep(self, a, b, y, initial, final, reverse: bool, transposed: bool) -> Tensor:
         seg, inner, width = self.segments, a.shape[3], y.shape[3]
-        part, warps, stages = tile(inner, width, self.dtype, seg.count * self.heads * width)
+        part, warps, stages, turned = tile(inner, width, self.dtype, seg.count * self.heads, self.turned, final is not None)
         at_first = (0, 0, 0) if initial is None else (*((1, self.values) if transposed else (self.values, 1)), self.keys * self.values)
         initial = zero(self.device, self.exact) if initial is None else initial
         out = self.empty(self.batch, self.length, self.heads, width, dtype=self.wide if transposed and self.channel else self.dtype)
+        at_a, at_b, at_y, at_out = strides(a), strides(b), strides(y), strides(out)
         launch(
             fused_scalar.sweep, cdiv(width, part) * self.heads * seg.count,
             a, b, y, out, initial, final, self.sums, seg.table, self.edges, self.unsafe, self.safes, self.diagonal,
-            *strides(a), *strides(b), *strides(y), *strides(out), *self.per_token, *(self.heads // t.shape[2] for t in (a, b, y)),
+            *at_a, *at_b, *at_y, *at_out, *self.per_token, self.heads // a.shape[2], self.heads // b.shape[2], self.heads // y.shape[2],
             *at_first, self.keys * self.values, self.scale, self.heads, inner, width, self.chunks,
-            DP=padded_size(inner), BW=part, C=self.chunk, EVEN=inner == padded_size(inner) and width % part == 0, REVERSE=reverse,
-            DECAY=self.decay(transposed), BONUS=self.diagonal is not None, HAS_FINAL=final is not None,
-            TYPE=self.type, ACC=self.acc, PRECISION=self.precision, num_warps=warps, num_stages=stages,
+            ALIKE=at_a[1] == at_b[1] == at_y[1] == at_out[1], DP=padded_size(inner), BW=part, C=self.chunk,
+            EVEN=inner == padded_size(inner) and width % part == 0, REVERSE=reverse, TURNED=turned, DECAY=self.decay(transposed),
+            BONUS=self.diagonal is not None, HAS_FINAL=final is not None, TYPE=self.type, ACC=self.acc, PRECISION=self.precision,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return out
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """The output, the last state, the one to start `sweep` from again, and those at the segments' ends."""
-        if self.segments.split:
-            bounds = self.bounds(k, v, state, reverse=False)
-            return self.sweep(q, k, v, bounds), bounds[self.segments.last], bounds, bounds
-        last = self.state()
-        return self.sweep(q, k, v, state, last), last, state, last
+        start = self.bounds(k, v, state, reverse=False) if self.segments.split else state
+        ends = start if self.segments.split else self.state()
+        out = self.sweep(q, k, v, start, ends)
+        return out, ends[self.segments.last] if self.segments.split else ends, start, ends
 
-    def backward(self, q, k, do, dlast, wants_first: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Gradients: of v, of the first state, those that `sweep` against time starts from, and those of the segments' last states."""
+    def fates(self, q: Tensor, do: Tensor, dlast: Tensor | None, wants_first: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of states that a sum against time starts from, and where it leaves that of the first state."""
         if self.segments.split:
             fates = self.bounds(q, do, dlast, reverse=True)
-            return self.sweep(k, q, do, fates, reverse=True), fates[self.segments.start] if wants_first else None, fates, fates
-        first = self.state() if wants_first else None
-        dv = self.sweep(k, q, do, dlast, first, reverse=True)
-        return dv, first, dlast, self.state(torch.zeros) if dlast is None else dlast
+            return fates, fates if wants_first else None
+        return dlast, self.state() if wants_first else None
 
-    def gate_gradient(self, out: Tensor, do: Tensor, v: Tensor, dv: Tensor, ends: Tensor, fates: Tensor) -> Tensor:
+    def first(self, found: Tensor | None) -> Tensor | None:
+        """The gradient of the first state."""
+        return found[self.segments.start] if found is not None and self.segments.split else found
+
+    def regrouped(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> "Problem":
+        """The same in segments of which `pair` has a program each."""
+        if self.segments.split or self.length <= 2 * ANCHOR or self.batch * self.heads >= WHOLE:
+            return self
+        return Problem(q, k, v, None, self.scale, cu_seqlens, False, paired=True)
+
+    def pair(self, q, k, v, do, dlast, wants_first: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of k and v, and of the first state."""
+        seg, sizes = self.segments, (self.keys, self.values)
+        fates, found = self.fates(q, do, dlast, wants_first)
+        initial, at_last = (zero(self.device, self.exact), (0, 0, 0)) if fates is None else (fates, (self.values, 1, sizes[0] * sizes[1]))
+        dk, dv = (self.empty(self.batch, self.length, self.heads, n, dtype=self.dtype) for n in sizes)
+        padded = [padded_size(n) for n in sizes]
+        launch(
+            fused_pair.pair, self.heads * seg.count,
+            q, k, v, do, dk, dv, initial, found, seg.table,
+            *strides(q), *strides(k), *strides(v), *strides(do), *strides(dk), *strides(dv),
+            *(self.heads // t.shape[2] for t in (q, k, v)), *at_last, self.scale, self.heads, *sizes,
+            ALIKE=len({x.stride(1) for x in (q, k, v, do, dk, dv)}) == 1, DP=padded[0], WP=padded[1], C=self.chunk,
+            EVEN=padded == list(sizes), HAS_FINAL=found is not None,
+            TYPE=self.type, ACC=self.acc, PRECISION=self.precision, num_warps=8, num_stages=3,
+        )  # fmt: skip
+        return dk, dv, self.first(found)
+
+    def backward(self, q, k, do, dlast, wants_first: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients: of v, of the first state, and those that `sweep` against time starts from."""
+        fates, found = self.fates(q, do, dlast, wants_first)
+        return self.sweep(k, q, do, fates, found, reverse=True), self.first(found), fates
+
+    def gate_gradient(self, out: Tensor, do: Tensor, v: Tensor, dv: Tensor, ends: Tensor, fates: Tensor | None) -> Tensor:
         """Of a decay per head or token, from states and their gradients at the segments' ends."""
+        fates = self.state(torch.zeros) if fates is None else fates
         dg = self.empty(self.batch, self.length, self.heads, dtype=self.exact)
         size = self.keys * self.values
         launch(
@@ -300,7 +358,7 @@ class _Scalar(torch.autograd.Function):
         ks = k if log_decay is None or by_value else p.scaled(k)[0]
         vs = v if log_decay is None or not by_value else p.scaled(v)[0]
         out, last, start, ends = p.forward(q, ks, vs, None if state is None else state.contiguous())
-        ctx.by_value, gated = by_value, ctx.needs_input_grad[3]
+        ctx.by_value, ctx.cu_seqlens, gated = by_value, cu_seqlens, ctx.needs_input_grad[3]
         ctx.save_for_backward(q, k, v, start, ends if gated else None, out if gated else None)
         ctx.set_materialize_grads(False)
         return out, last.float()
@@ -316,10 +374,13 @@ class _Scalar(torch.autograd.Function):
             vs, dos = p.scaled(v, do)
         elif p.log_decay is not None:
             ks, qs = p.scaled(k, q)
-        dv, dstate, fates, dends = p.backward(qs, k, dos, dlast, ctx.needs_input_grad[4])
         dq = p.sweep(do, vs, ks, start, transposed=True)
-        dk = p.sweep(v, dos, qs, fates, reverse=True, transposed=True)
-        dg = p.gate_gradient(out, do, v, dv, ends, dends) if ctx.needs_input_grad[3] else None
+        if p.turned:
+            dk, dv, dstate = p.regrouped(q, k, v, ctx.cu_seqlens).pair(q, k, v, do, dlast, ctx.needs_input_grad[4])
+        else:
+            dv, dstate, fates = p.backward(qs, k, dos, dlast, ctx.needs_input_grad[4])
+            dk = p.sweep(v, dos, qs, fates, reverse=True, transposed=True)
+        dg = p.gate_gradient(out, do, v, dv, ends, fates) if ctx.needs_input_grad[3] else None
         dstate = (dstate * p.scale).float() if ctx.needs_input_grad[4] else None
         return p.shared(dq, q), p.shared(dk, k), p.shared(dv, v), dg, dstate, None, None
 
@@ -345,10 +406,10 @@ class _Channel(torch.autograd.Function):
         q, k, v, log_decay, bonus, start, ends = ctx.saved_tensors
         p = ChannelProblem(q, k, v, log_decay, bonus, *ctx.options)
         do, dlast = cotangent(do, v, p.heads), None if dlast is None else dlast.to(p.exact) / p.scale
-        dv, dstate, fates, dends = p.backward(p.qs, p.ks, do, dlast, ctx.needs_input_grad[5])
+        dv, dstate, fates = p.backward(p.qs, p.ks, do, dlast, ctx.needs_input_grad[5])
         p.exact_outputs(q, k, do, dv, reverse=True)
         dq = p.sweep(do, v, p.ks, start, transposed=True)
         dk = p.sweep(v, do, p.qs, fates, reverse=True, transposed=True)
-        dg, du = p.finish(q, k, v, do, dq, dk, ends, dends)
+        dg, du = p.finish(q, k, v, do, dq, dk, ends, p.state(torch.zeros) if fates is None else fates)
         dstate = (dstate * p.scale).float() if ctx.needs_input_grad[5] else None
         return p.shared(dq, q), p.shared(dk, k), p.shared(dv, v), dg, du, dstate, None, None

@@ -11,8 +11,9 @@ with D the product of the decays in between, over time or against it:
     gradient of k  a = v    b = do   y = q     against time,    M = dS^T
     gradient of v  a = k    b = q    y = do    against time,    M = dS
 
-A program walks the chunks of one segment of a sequence for one head and one slice of y's channels, with M in registers. `collect`
-sums what each segment adds to M, and `chain` turns these into what each segment starts from; with one segment neither runs.
+A program walks the chunks of one segment of a sequence for one head and one slice of y's channels, with M in registers; TURNED it
+holds the transposes of M and of its sums, whose factor M then is, and passes from one product to the next without leaving registers.
+`fused_bounds` finds what each segment starts from.
 `prepare` sums the decays up chunk by chunk beforehand, and scales keys and queries by them, so that what is left for `sweep` are
 factors of rows and of M. `gate_gradient` is sum_{s >= t} (o_s . do_s - v_s . dv_s) + S . dS at the end of the sum.
 
@@ -71,11 +72,50 @@ def prepare(
 
 
 @triton.jit
-def advance(a, b, y, m, p, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """A chunk's output and the state behind it, without decay."""
-    out = tl.dot(a, m.to(TYPE), input_precision=PRECISION, out_dtype=ACC)
-    out = tl.dot(p.to(TYPE), y, out, input_precision=PRECISION, out_dtype=ACC)
-    return out, tl.dot(tl.trans(b), y, m, input_precision=PRECISION, out_dtype=ACC)
+def at_the_edge(TABLE, segment, segments, REVERSE: tl.constexpr):
+    """Whether a segment is its sequence's last (first, if REVERSE): its neighbour's boundary is another."""
+    if REVERSE:
+        other, own, there = -1, 3, segment > 0
+    else:
+        other, own, there = 8, 4, segment + 1 < segments
+    TABLE += segment * 5
+    return tl.load(TABLE + other, mask=there, other=-1) != tl.load(TABLE + own)
+
+
+@triton.jit
+def scores(a, b, i, REVERSE: tl.constexpr, TURNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T (b a^T if TURNED), and which of them count."""
+    causal = (i[:, None] >= i[None, :]) if REVERSE == TURNED else (i[:, None] <= i[None, :])
+    if TURNED:
+        a, b = b, a
+    return tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=ACC), causal
+
+
+@triton.jit
+def read(a, m, TURNED: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """a M."""
+    if TURNED:
+        return tl.dot(m.to(TYPE), tl.trans(a), input_precision=PRECISION, out_dtype=ACC)
+    else:
+        return tl.dot(a, m.to(TYPE), input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def plus(p, y, out, TURNED: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """out + p y."""
+    if TURNED:
+        return tl.dot(tl.trans(y), p.to(TYPE), out, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        return tl.dot(p.to(TYPE), y, out, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def write(b, y, m, TURNED: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """M + b^T y."""
+    if TURNED:
+        return tl.dot(tl.trans(y), b, m, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        return tl.dot(tl.trans(b), y, m, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
@@ -131,10 +171,21 @@ def scaled(m, log, DECAY: tl.constexpr):
 
 
 @triton.jit
+def store_tile(OUT, x, i, c, stride, left, channels, EVEN: tl.constexpr, TURNED: tl.constexpr):
+    """Tokens i of a chunk of which `left` exist, channels c; x is the transpose if TURNED."""
+    if TURNED:
+        inside = (i[None, :] < left) if EVEN else (i[None, :] < left) & (c[:, None] < channels)
+        tl.store(OUT + i[None, :] * stride + c[:, None], x.to(OUT.dtype.element_ty), mask=inside)
+    else:
+        inside = (i[:, None] < left) if EVEN else (i[:, None] < left) & (c[None, :] < channels)
+        tl.store(OUT + i[:, None] * stride + c[None, :], x.to(OUT.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def walk(
     A, B, Y, OUT, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, o_t, own, place, length, h, w, scale, H, D, W,
-    DP: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr, BONUS: tl.constexpr,
-    TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    DP: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, TURNED: tl.constexpr, DECAY: tl.constexpr,
+    BONUS: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All chunks of a segment; returns M behind them."""
     i, d, last = tl.arange(0, C), tl.arange(0, DP), tl.cdiv(length, C) - 1
@@ -156,10 +207,10 @@ def walk(
             before_, after_, near_, safe_ = load_decays(
                 SUMS, EDGES, SAFES, following, i, c, channels, own, length, place, H, h, C, DECAY, READ
             )
-        causal = (i[:, None] <= i[None, :]) if REVERSE else (i[:, None] >= i[None, :])
+        p, causal = scores(a, b, i, REVERSE, TURNED, ACC, PRECISION)
         if DECAY >= ROWS:  # what is missing is `exact_outputs`, or the bonus
             causal = causal & safe & ((i[:, None] != i[None, :]) | (not BONUS))
-        p = tl.where(causal, tl.dot(a, tl.trans(b), input_precision=PRECISION, out_dtype=ACC), 0.0)
+        p = tl.where(causal, p, 0.0)
         if BONUS and DECAY == ROWS:
             itself = tl.load(DIAGONAL + own + t + i, mask=i < left, other=0.0)
             p += tl.where(i[:, None] == i[None, :], itself[:, None], 0.0)
@@ -168,22 +219,20 @@ def walk(
         else:
             if SCALED:
                 m = scaled(m, before, DECAY)
-            out = tl.dot(a, m.to(TYPE), input_precision=PRECISION, out_dtype=ACC)
+            out = read(a, m, TURNED, TYPE, ACC, PRECISION)
             if DECAY >= ROWS:
                 chunk = (place + j) * H + h
                 if not safe:
                     rest = load_edge(EDGES, chunk, READ + 1, c, channels) - load_edge(EDGES, chunk, READ, c, channels)
                     m = scaled(m, rest, DECAY)
-            out = tl.dot(p.to(TYPE), y, out, input_precision=PRECISION, out_dtype=ACC)
-            m = tl.dot(tl.trans(b), y, m, input_precision=PRECISION, out_dtype=ACC)
+            out, m = plus(p, y, out, TURNED, TYPE, ACC, PRECISION), write(b, y, m, TURNED, ACC, PRECISION)
             if DECAY == TOKEN:
                 out *= tl.exp(near)[:, None]
         if SCALED:  # once for the edges of two chunks
             before_ = before_ + after
         if DECAY != NONE:
             before, after, near, safe = before_, after_, near_, safe_
-        written = (i[:, None] < left) if EVEN else (i[:, None] < left) & (w[None, :] < W)
-        tl.store(OUT + t * o_t + i[:, None] * o_t + w[None, :], (out * scale).to(OUT.dtype.element_ty), mask=written)
+        store_tile(OUT + t * o_t, out * scale, i, w, o_t, left, W, EVEN, TURNED)
     if SCALED:
         m = scaled(m, after, DECAY)
     return m
@@ -193,16 +242,20 @@ def walk(
 def sweep(
     A, B, Y, OUT, INIT, FINAL, SUMS, TABLE, EDGES, UNSAFE, SAFES, DIAGONAL,
     a_b, a_t, a_h, b_b, b_t, b_h, y_b, y_t, y_h, o_b, o_t, o_h, s_b, s_h,
-    a_rep, b_rep, y_rep, m_row, m_col, m_size, size, scale, H, D, W, CHUNKS,
-    DP: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr,
-    BONUS: tl.constexpr, HAS_FINAL: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    a_rep, b_rep, y_rep, m_row, m_col, m_size, size, scale, H, D, W, CHUNKS, ALIKE: tl.constexpr,
+    DP: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, TURNED: tl.constexpr,
+    DECAY: tl.constexpr, BONUS: tl.constexpr, HAS_FINAL: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """See the module; UNSAFE `[segments, H]`: positive where some chunk was not scaled. Programs: segments x heads x slices of W."""
+    """See the module. UNSAFE `[segments, H]`: positive where some chunk was not scaled; FINAL takes M behind a sequence's last segment
+    (first if REVERSE). ALIKE: the strides of A, B, Y and OUT over tokens are one, for which registers are short.
+    Programs: segments x heads x slices of W."""
     slices = tl.cdiv(W, BW)
     slice_, h, segment = tl.program_id(0) % slices, tl.program_id(0) // slices % H, (tl.program_id(0) // slices // H).to(tl.int64)
     row, start, stop = segment_of(TABLE, segment)
     if start == stop:  # no segment at all
         return
+    if ALIKE:
+        b_t, y_t, o_t = a_t, a_t, a_t
     d, w = tl.arange(0, DP), slice_ * BW + tl.arange(0, BW)
     A += row * a_b + start * a_t + (h // a_rep) * a_h
     B += row * b_b + start * b_t + (h // b_rep) * b_h
@@ -210,136 +263,24 @@ def sweep(
     OUT += row * o_b + start * o_t + h * o_h
     own = row * s_b + h * s_h + start
     at = tl.load(TABLE + segment * 5 + (4 if REVERSE else 3))
-    tile = (at * H + h) * m_size + d[:, None] * m_row + w[None, :] * m_col
+    row_, column = (d[None, :], w[:, None]) if TURNED else (d[:, None], w[None, :])
+    inside = (row_ < D) & (column < W)
     # zeros as a constant would make ptxas run the matrix products one by one
-    m = tl.load(INIT + tile, mask=(d[:, None] < D) & (w[None, :] < W), other=0.0).to(ACC)
+    m = tl.load(INIT + (at * H + h) * m_size + row_ * m_row + column * m_col, mask=inside, other=0.0).to(ACC)
     length, place = (stop - start).to(tl.int32), segment * CHUNKS
     if DECAY == TOKEN:
         if tl.load(UNSAFE + segment * H + h) > 0:
             m = walk(A, B, Y, OUT, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, o_t, own, place, length, h, w, scale, H, D, W,
-                     DP, C, EVEN, REVERSE, EXACT, BONUS, TYPE, ACC, PRECISION)  # fmt: skip
+                     DP, C, EVEN, REVERSE, TURNED, EXACT, BONUS, TYPE, ACC, PRECISION)  # fmt: skip
         else:
             m = walk(A, B, Y, OUT, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, o_t, own, place, length, h, w, scale, H, D, W,
-                     DP, C, EVEN, REVERSE, DECAY, BONUS, TYPE, ACC, PRECISION)  # fmt: skip
+                     DP, C, EVEN, REVERSE, TURNED, DECAY, BONUS, TYPE, ACC, PRECISION)  # fmt: skip
     else:
         m = walk(A, B, Y, OUT, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, o_t, own, place, length, h, w, scale, H, D, W,
-                 DP, C, EVEN, REVERSE, DECAY, BONUS, TYPE, ACC, PRECISION)  # fmt: skip
-    if HAS_FINAL:
+                 DP, C, EVEN, REVERSE, TURNED, DECAY, BONUS, TYPE, ACC, PRECISION)  # fmt: skip
+    if HAS_FINAL and at_the_edge(TABLE, segment, tl.num_programs(0) // (slices * H), REVERSE):
         at = tl.load(TABLE + segment * 5 + (3 if REVERSE else 4))
-        tl.store(FINAL + (at * H + h) * size + d[:, None] * W + w[None, :], m, mask=(d[:, None] < D) & (w[None, :] < W))
-
-
-@triton.jit
-def gather(
-    B, Y, SUMS, EDGES, SAFES, m, b_t, y_t, own, length, place, h, d, w, H, D, W,
-    C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What all chunks of a segment make of M."""
-    i, last = tl.arange(0, C), tl.cdiv(length, C) - 1
-    READ: tl.constexpr = 2 if REVERSE else 0
-    SCALED: tl.constexpr = (DECAY != NONE) & (DECAY != EXACT)
-    if DECAY != NONE:
-        before, after, near, safe = load_decays(
-            SUMS, EDGES, SAFES, last if REVERSE else 0, i, d, D, own, length, place, H, h, C, DECAY, READ
-        )
-    for n in range(0, last + 1):
-        j = (last - n) if REVERSE else n
-        left, t = length - j * C, (j * C).to(tl.int64)
-        b = load_tile(B + t * b_t, i, d, b_t, left, D, EVEN, TYPE)
-        y = load_tile(Y + t * y_t, i, w, y_t, left, W, EVEN, TYPE)
-        if DECAY != NONE:
-            following = tl.maximum(j - 1, 0) if REVERSE else tl.minimum(j + 1, last)
-            before_, after_, near_, safe_ = load_decays(SUMS, EDGES, SAFES, following, i, d, D, own, length, place, H, h, C, DECAY, READ)
-        if DECAY == EXACT:
-            edge = tl.where(before > 0, near, before)
-            y = (y * tl.exp(edge if REVERSE else (after - edge))[:, None]).to(TYPE)
-            m *= tl.exp(after)
-        if SCALED:
-            m = scaled(m, before, DECAY)
-        if DECAY == ROWS:
-            chunk = (place + j) * H + h
-            if not safe:
-                m = scaled(m, load_edge(EDGES, chunk, READ + 1, d, D) - load_edge(EDGES, chunk, READ, d, D), DECAY)
-        m = tl.dot(tl.trans(b), y, m, input_precision=PRECISION, out_dtype=ACC)
-        if SCALED:
-            before_ = before_ + after
-        if DECAY != NONE:
-            before, after, near, safe = before_, after_, near_, safe_
-    if SCALED:
-        m = scaled(m, after, DECAY)
-    return m
-
-
-@triton.jit
-def collect(
-    B, Y, BOUNDS, SUMS, TABLE, EDGES, UNSAFE, SAFES, b_b, b_t, b_h, y_b, y_t, y_h, s_b, s_h, b_rep, y_rep, H, D, W, CHUNKS,
-    BD: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr,
-    TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What every segment adds to M, into BOUNDS at its end (its start if REVERSE). Programs: segments x heads x tiles of D x W."""
-    slices = tl.cdiv(W, BW)
-    tiles = tl.cdiv(D, BD) * slices
-    tile_, h, segment = tl.program_id(0) % tiles, tl.program_id(0) // tiles % H, (tl.program_id(0) // tiles // H).to(tl.int64)
-    row, start, stop = segment_of(TABLE, segment)
-    if start == stop:
-        return
-    d, w = (tile_ // slices) * BD + tl.arange(0, BD), (tile_ % slices) * BW + tl.arange(0, BW)
-    B += row * b_b + start * b_t + (h // b_rep) * b_h
-    Y += row * y_b + start * y_t + (h // y_rep) * y_h
-    own = row * s_b + h * s_h + start
-    length, place = (stop - start).to(tl.int32), segment * CHUNKS
-    m = tl.zeros((BD, BW), ACC)
-    if DECAY == TOKEN:
-        if tl.load(UNSAFE + segment * H + h) > 0:
-            m = gather(B, Y, SUMS, EDGES, SAFES, m, b_t, y_t, own, length, place, h, d, w, H, D, W, C, EVEN, REVERSE, EXACT,
-                       TYPE, ACC, PRECISION)  # fmt: skip
-        else:
-            m = gather(B, Y, SUMS, EDGES, SAFES, m, b_t, y_t, own, length, place, h, d, w, H, D, W, C, EVEN, REVERSE, DECAY,
-                       TYPE, ACC, PRECISION)  # fmt: skip
-    else:
-        m = gather(B, Y, SUMS, EDGES, SAFES, m, b_t, y_t, own, length, place, h, d, w, H, D, W, C, EVEN, REVERSE, DECAY,
-                   TYPE, ACC, PRECISION)  # fmt: skip
-    at = tl.load(TABLE + segment * 5 + (3 if REVERSE else 4))
-    inside = (d[:, None] < D) & (w[None, :] < W)
-    tl.store(BOUNDS + (at * H + h) * D * W + d[:, None] * W + w[None, :], m, mask=inside)
-
-
-@triton.jit
-def chain(
-    BOUNDS, TOTALS, FIRST, INIT, H, D, W,
-    BLOCK: tl.constexpr, AHEAD: tl.constexpr, REVERSE: tl.constexpr, DECAY: tl.constexpr, HAS_INIT: tl.constexpr,
-):  # fmt: skip
-    """BOUNDS from what each segment adds to what M is at each boundary. FIRST [sequences + 1]: their first segments; segment s of
-    sequence n lies between the boundaries s + n and s + n + 1. DECAY: 0, or the dimensions of TOTALS: 2 for [segments, H], 3 for
-    [segments, H, D]. Programs: sequences x heads x blocks of D x W."""
-    size = D * W
-    blocks = tl.cdiv(size, BLOCK)
-    x, h = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK), tl.program_id(0) // blocks % H
-    n = (tl.program_id(0) // blocks // H).to(tl.int64)
-    first, last = tl.load(FIRST + n), tl.load(FIRST + n + 1)
-    inside = x < size
-    if HAS_INIT:
-        m = tl.load(INIT + (n * H + h) * size + x, mask=inside, other=0.0).to(BOUNDS.dtype.element_ty)
-    else:
-        m = tl.zeros((BLOCK,), BOUNDS.dtype.element_ty)
-    tl.store(BOUNDS + (((last if REVERSE else first) + n) * H + h) * size + x, m, mask=inside)
-    count, step, first = (last - first).to(tl.int32), -1 if REVERSE else 1, (last - 1) if REVERSE else first
-    BOUNDS += ((first + n + (0 if REVERSE else 1)) * H + h) * size
-    for j in range(0, count, AHEAD):
-        added, decays = (), ()
-        for u in tl.static_range(AHEAD):
-            there, at = inside & (j + u < count), ((first + (j + u) * step) * H + h) * (D if DECAY == 3 else 1)
-            added += (tl.load(BOUNDS + (j + u) * step * H * size + x, mask=there, other=0.0),)
-            if DECAY == 3:
-                decays += (tl.load(TOTALS + at + x // W, mask=there, other=0.0),)
-            elif DECAY == 2:
-                decays += (tl.load(TOTALS + at, mask=j + u < count, other=0.0),)
-        for u in tl.static_range(AHEAD):
-            if DECAY > 0:
-                m *= tl.exp(decays[u])
-            m += added[u]
-            tl.store(BOUNDS + (j + u) * step * H * size + x, m, mask=inside & (j + u < count))
+        tl.store(FINAL + (at * H + h) * size + row_ * W + column, m, mask=inside)
 
 
 @triton.jit
