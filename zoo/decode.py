@@ -41,9 +41,9 @@ def obstacle(model: nn.Module) -> str | None:
         return f"it does not lie on one {DEVICE} device"
     if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
         return "hooks are to be called in every step"
-    if model._compiled_call_impl is not None or hasattr(model.forward, "_torchdynamo_orig_callable"):
-        return "it is compiled"
     for module in model.modules():
+        if module._compiled_call_impl is not None or hasattr(module.forward, "_torchdynamo_orig_callable"):
+            return "it is compiled"
         if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
             return "hooks are to be called in every step"
         if getattr(module, "waits_for_device", False):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from zoo.kernels.deferral import FLOATS, Deferral
+from zoo.kernels.deferral import FLOATS, Deferral, is_plain
 from zoo.kernels.dispatch import HAS_TRITON
 
 DEVICE = "cuda"  # whose kernels are written
@@ -23,8 +23,8 @@ class FewRows(TorchFunctionMode):
     """Within it, around one step, arithmetic and products of at most `FEW` rows with a plain matrix are put off and done together
     (`zoo.kernels.deferral`), and `once` remembers.
 
-    Modules are called as ever, and what those of adapters do is put off too. Nothing is where `model` has modules that nobody knows
-    here, since these may look into memory past torch, which has not been written yet.
+    Modules are called as ever, and what those of adapters do is put off too. Nothing is where `model` has modules, or methods set on
+    them, that nobody knows here: these may hand memory to kernels past torch, which has not been written yet.
     """
 
     def __init__(self, model: nn.Module | None = None):
@@ -46,15 +46,17 @@ class FewRows(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is not F.linear or self.deferral is None or not suits(*args, **kwargs):
+        if func is not F.linear or self.deferral is None or not self.deferral.active or not suits(*args, **kwargs):
             return func(*args, **kwargs)
         return product(self.deferral, *args, **kwargs)
 
 
 def known(model: nn.Module) -> bool:
     """Whether all of a model's modules, and the kinds of its tensors, are of libraries that compute by means of torch alone."""
-    plain = all(type(t) in (Tensor, nn.Parameter) for t in (*model.parameters(), *model.buffers()))
-    return plain and all(type(module).__module__.partition(".")[0] in LIBRARIES for module in model.modules())
+    if not all(map(is_plain, (*model.parameters(), *model.buffers()))):
+        return False
+    makers = (maker for module in model.modules() for maker in (type(module), vars(module).get("forward", type(module))))
+    return all(str(getattr(maker, "__module__", "")).partition(".")[0] in LIBRARIES for maker in makers)
 
 
 def product(deferral: Deferral, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,7 +67,9 @@ def product(deferral: Deferral, input: Tensor, weight: Tensor, bias: Tensor | No
 def suits(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether this product is one of few rows with a plain matrix; arguments as `F.linear` has them."""
     given = [t for t in (input, weight, bias) if t is not None]
-    if any(type(t) not in (Tensor, nn.Parameter) or t.dtype != input.dtype or t.device.type != DEVICE for t in given):
+    if torch.is_autocast_enabled(DEVICE):  # which is about to choose another dtype
+        return False
+    if input.device.type != DEVICE or any(not is_plain(t) or t.dtype != input.dtype or t.device != input.device for t in given):
         return False
     few = input.ndim and 0 < input.numel() <= FEW * input.shape[-1] and input.dtype in FLOATS
     return bool(few) and weight.ndim == 2 and weight.numel() > 0 and weight.stride(1) == 1 and (bias is None or bias.stride(0) == 1)

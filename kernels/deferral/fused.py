@@ -7,15 +7,17 @@ Floor: what the lanes read and write, which in a decode step is the matrices.
 """
 
 import linecache
-from dataclasses import dataclass
 from functools import cache
+from itertools import count
 
 import torch
 import triton
 from torch import Tensor
 from triton import language as tl
 
-from zoo.kernels.deferral.plan import Lane, Layout, Node, Operand, chain, layout, padded
+from zoo.kernels.deferral.addresses import Place, address, layout, padded
+from zoo.kernels.deferral.fused_numbers import expm1, gelu_none, gelu_tanh, largest, log1p, products, tanh
+from zoo.kernels.deferral.plan import Lane, Node, Operand, chain
 from zoo.kernels.discretize.fused_step import softplus
 from zoo.kernels.fused import sigmoid
 from zoo.kernels.launch import launch
@@ -28,105 +30,6 @@ COLUMNS = 4  # of a product, for which it then makes it
 TALLEST = 8  # rows of a product
 DEEPEST = 2048  # channels that a program multiplies at once
 LONG = 4096  # numbers of a row that twice as many warps hold
-
-
-@triton.jit
-def expm1(x):
-    """With all digits of its smallest values."""
-    u = tl.exp(x)
-    safe = (u != 1.0) & (tl.abs(x) < 0.5)
-    return tl.where(u == 1.0, x, tl.where(safe, (u - 1.0) * x / tl.log(tl.where(safe, u, 2.0)), u - 1.0))
-
-
-@triton.jit
-def log1p(x):
-    """With all digits of its smallest values."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
-def tanh(x):
-    """By its series where the difference of exponentials would lose digits."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    s = x * x
-    near = 1.0 + s * (-1.0 / 3.0 + s * (2.0 / 15.0 + s * (-17.0 / 315.0 + s * (62.0 / 2835.0))))
-    return tl.where(tl.abs(x) < 0.25, x * near, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
-def gelu_none(x):
-    return 0.5 * x * (1.0 + tl.erf(0.7071067811865476 * x))
-
-
-@triton.jit
-def gelu_tanh(x):
-    return 0.5 * x * (1.0 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
-
-
-@triton.jit
-def products(X, W, x_r, w_n, D, r, n, inside, row, M: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr):
-    """[M, BN], rows r of X with rows n of W, summed once at the end so that nobody waits before the next numbers are asked for."""
-    d = tl.arange(0, BD)
-    acc = tl.zeros((M, BN, BD), tl.float32)
-    X += (r * x_r)[:, None, None] + d[None, None, :]
-    W += (n * w_n)[None, :, None] + d[None, None, :]
-    for start in range(0, D, BD):
-        here = (start + d)[None, None, :] < D
-        w = tl.load(W + start, mask=here & row[None, :, None], other=0.0)
-        x = tl.load(X + start, mask=here & inside[:, None, None], other=0.0)
-        acc += x.to(tl.float32) * w.to(tl.float32)
-    return tl.sum(acc, 2)
-
-
-@dataclass
-class Place:
-    """Where a program's elements are: `flat` among all, or in row `high` at `low` of rows of `width`; `mask`: which exist; `axis`: along
-    which rows lie."""
-
-    flat: str
-    mask: str
-    high: str = ""
-    low: str = ""
-    width: int = 0
-    axis: int = 1
-
-
-def address(lies: Layout, place: Place) -> str:
-    """Of the elements at a place, in memory that lies so over them."""
-    cut = divided(lies, place.width) if place.width else None
-    parts = [(lies, place.flat)] if cut is None else zip(cut, (place.high, place.low), strict=True)
-    found = [terms(part, at) for part, at in parts]
-    return " + ".join([*filter(None, found), f"0 * {place.flat}"])  # which makes it as large as the place
-
-
-def divided(lies: Layout, width: int) -> tuple[Layout, Layout] | None:
-    """Outer and inner dimensions, the inner ones being rows of this width, if they end with dimensions."""
-    outer, inner = list(lies), []
-    while width > 1:
-        size, stride = outer.pop()
-        if width % size == 0:
-            inner.insert(0, (size, stride))
-            width //= size
-        elif size % width == 0:
-            inner.insert(0, (width, stride))
-            outer.append((size // width, stride * width))
-            width = 1
-        else:
-            return None
-    return tuple(outer), tuple(inner)
-
-
-def terms(lies: Layout, at: str) -> str:
-    found, inner = [], 1
-    for place, (size, stride) in enumerate(reversed(lies), start=1):
-        if stride:
-            index = at if inner == 1 else f"({at} // {inner})"
-            index = index if place == len(lies) else f"({index} % {size})"
-            found.append(index if stride == 1 else f"{index} * {stride}")
-        inner *= size
-    return " + ".join(found)
 
 
 class Writer:
@@ -273,7 +176,7 @@ class Writer:
 
 def reduced(node: Node, x: str, place: Place) -> str:
     if node.kind == "amax":
-        return f'tl.max(tl.where({place.mask}, {x}, float("-inf")), {place.axis}, keep_dims=True)'
+        return f"largest({x}, {place.mask}, {place.axis})"
     total = f"tl.sum(tl.where({place.mask}, {x}, 0.0), {place.axis}, keep_dims=True)"
     return total if node.kind == "sum" else f"{total} / {float(node.width)}"
 
@@ -294,14 +197,17 @@ def depth(node: Node, height: int) -> int:
 
 HELPERS = {
     "tl": tl, "products": products, "sigmoid": sigmoid, "softplus": softplus, "expm1": expm1, "log1p": log1p, "tanh": tanh,
-    "gelu_none": gelu_none, "gelu_tanh": gelu_tanh,
+    "gelu_none": gelu_none, "gelu_tanh": gelu_tanh, "largest": largest,
 }  # fmt: skip
+
+
+_files = count()
 
 
 @cache
 def compiled(name: str, text: str):
     """The kernel of this source, which Triton looks up as that of a file."""
-    file = f"<deferred {len(linecache.cache)}>"
+    file = f"<deferred {next(_files)}>"
     linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file
     space = dict(HELPERS)
     exec(compile(text, file, "exec"), space)

@@ -5,33 +5,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from zoo.kernels.deferral.addresses import Layout, along_rows, in_order, padded
+
 PROLOGUE = 4096  # numbers of its input that a program of a product makes itself
 SOURCES = 3  # tensors from which it makes them, at the most
 REPEATED = 6  # steps that are taken again for each reader rather than handed on
-
-Layout = tuple[tuple[int, int], ...]  # sizes and strides, the outer first
-
-
-def layout(x: Tensor, shape: Iterable[int]) -> Layout:
-    """Where the elements of x, broadcast to `shape`, lie, in as few dimensions as possible."""
-    found: list[tuple[int, int]] = []
-    for size, stride in zip(shape, x.expand(tuple(shape)).stride(), strict=True):
-        if size == 1:
-            continue
-        if found and found[-1][1] == stride * size:
-            found[-1] = found[-1][0] * size, stride
-        else:
-            found.append((size, stride))
-    return tuple(found)
-
-
-def in_order(numel: int) -> Layout:
-    return ((numel, 1),) if numel > 1 else ()
-
-
-def along_rows(count: int, width: int) -> Layout:
-    """Of one number for each of so many rows."""
-    return tuple((size, stride) for size, stride in ((count, 1), (width, 0)) if size > 1)
 
 
 @dataclass(eq=False)
@@ -205,11 +183,6 @@ def _makes_itself(node: Node) -> bool:
         return False
     made = chain(one.source)
     return len({one.tensor.data_ptr() for part in made for one in part.operands if one.source not in made}) <= SOURCES
-
-
-def padded(size: int) -> int:
-    """The next power of two."""
-    return 1 << (size - 1).bit_length()
 
 
 def chain(node: Node) -> list[Node]:
