@@ -123,6 +123,18 @@ def test_layouts(compute, context):
         both(compute, random(2, 2, 3, 4), random(1, 3, 4, seed=1) / 9)
 
 
+def test_numbers_far_apart():
+    """Few of them, in a memory with more than 32 bits count."""
+    apart = 2**30
+    memory = torch.empty(3 * apart + 8, dtype=torch.float16, device=DEVICE)
+    x = memory.as_strided((4, 4), (apart, 2))
+    given = random(4, 4, dtype=torch.float16)
+    with Deferral(DEVICE):
+        x.copy_(given)
+        y = x * 2
+    assert torch.equal(y, given * 2) and all(torch.equal(memory[i * apart :][:8:2], given[i]) for i in range(4))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("rows, width", [(1, 2048), (2, 700), (3, 40), (8, 12), (1, 4100)])
 def test_norm_products_gate_and_sum(rows, width, dtype):

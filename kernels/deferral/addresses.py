@@ -47,7 +47,8 @@ def address(lies: Layout, place: Place) -> str:
     """Of the elements at a place, in memory that lies so over them."""
     cut = divided(lies, place.width) if place.width else None
     parts = [(lies, place.flat)] if cut is None else zip(cut, (place.high, place.low), strict=True)
-    found = [terms(part, at) for part, at in parts]
+    far = sum((size - 1) * stride for size, stride in lies) >= 2**31
+    found = [terms(part, f"{at}.to(tl.int64)" if far else at) for part, at in parts]
     return " + ".join([*filter(None, found), f"0 * {place.flat}"])  # which makes it as large as the place
 
 
@@ -69,6 +70,7 @@ def divided(lies: Layout, width: int) -> tuple[Layout, Layout] | None:
 
 
 def terms(lies: Layout, at: str) -> str:
+    """The sum of indices times strides, for the elements whose places in order are `at`."""
     found, inner = [], 1
     for place, (size, stride) in enumerate(reversed(lies), start=1):
         if stride:

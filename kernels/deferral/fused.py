@@ -100,25 +100,16 @@ class Writer:
     def products(self, nodes: list[Node], m: str, n: str, place: Place, sizes: tuple[int, int, int]) -> dict[Node, str]:
         """The sums, without what follows them. Matrices are asked for before the rows that meet them are made."""
         height, columns, count = sizes
-        known, loaded, made = {}, {}, {}
         row = f"{n} < {place.width}"
-        for node in nodes:
-            if node.inlined:
-                d = self.name(f"tl.arange(0, {padded(node.width)})")
-                weight, stride = self.tensor(node.weight), node.weight.stride(0)
-                mask = f"({row})[:, None] & ({d} < {node.width})[None, :]"
-                loaded[node] = (
-                    d,
-                    self.name(f"tl.load({weight} + {n}.to(tl.int64)[:, None] * {stride} + {d}[None, :], mask={mask}, other=0.0)"),
-                )
+        matrices = {node: self.matrix(node, n, row) for node in nodes if node.inlined}
+        known, made = {}, {}
         for node in nodes:
             (one,) = node.operands
             if node.inlined:
-                d, weight = loaded[node]
-                source = one.source
-                if source not in made:
-                    made[source] = self.input(source, m, d, count, node.width)
-                total = f"tl.sum({made[source]} * {weight}.to(tl.float32), 2)"
+                d, weight = matrices[node]
+                if one.source not in made:
+                    made[one.source] = self.input(one.source, m, d, count, node.width)
+                total = f"tl.sum({made[one.source]} * {weight}.to(tl.float32), 2)"
             else:
                 x, weight = self.tensor(one.tensor), self.tensor(node.weight)
                 strides = f"{one.tensor.stride(0)}, {node.weight.stride(0)}, {node.width}"
@@ -128,6 +119,12 @@ class Writer:
                 total += f" + tl.load({self.tensor(node.bias)} + {n}, mask={row}, other=0.0).to(tl.float32)[None, :]"
             known[node] = self.rounded(self.name(total), node)
         return known
+
+    def matrix(self, node: Node, n: str, row: str) -> tuple[str, str]:
+        """All channels, and rows n of what a product multiplies with."""
+        d = self.name(f"tl.arange(0, {padded(node.width)})")
+        start = f"{self.tensor(node.weight)} + {n}.to(tl.int64)[:, None] * {node.weight.stride(0)}"
+        return d, self.name(f"tl.load({start} + {d}[None, :], mask=({row})[:, None] & ({d} < {node.width})[None, :], other=0.0)")
 
     def input(self, source: Node, m: str, d: str, count: int, width: int) -> str:
         """What a product multiplies, made of what it comes from."""
@@ -158,6 +155,7 @@ class Writer:
         return known
 
     def operand(self, one: Operand, node: Node, lane: Lane | None, place: Place, known: dict[Node, str]) -> str:
+        """From where it is at hand, or made again of what it comes from, or loaded."""
         if lane is not None and lane.has(one, node):
             return known[one.source]
         if one.repeats:
@@ -170,6 +168,7 @@ class Writer:
         return self.rounded(self.name(node.text.format(*operands)), node)
 
     def rounded(self, name: str, node: Node) -> str:
+        """As memory would have kept it."""
         dtype = node.out.dtype
         return name if dtype in (torch.float32, torch.bool) else self.name(f"{name}.to({TYPES[dtype]}).to(tl.float32)")
 
@@ -199,8 +198,6 @@ HELPERS = {
     "tl": tl, "products": products, "sigmoid": sigmoid, "softplus": softplus, "expm1": expm1, "log1p": log1p, "tanh": tanh,
     "gelu_none": gelu_none, "gelu_tanh": gelu_tanh, "largest": largest,
 }  # fmt: skip
-
-
 _files = count()
 
 

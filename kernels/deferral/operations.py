@@ -77,7 +77,6 @@ VALUES: dict[str, Callable[..., str | None]] = {
     "clone": lambda a: a,
 }  # fmt: skip
 REDUCTIONS = {"sum", "mean", "amax"}
-
 IGNORED = ("memory_format", "layout", "non_blocking", "pin_memory", "device", "dtype")  # what the result's dtype and place say already
 
 
