@@ -135,8 +135,10 @@ def test_numbers_far_apart():
     assert torch.equal(y, given * 2) and all(torch.equal(memory[i * apart :][:8:2], given[i]) for i in range(4))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("rows, width", [(1, 2048), (2, 700), (3, 40), (8, 12), (1, 4100)])
+@pytest.mark.parametrize(
+    "rows, width, dtype",
+    [(1, 2048, torch.float32), (2, 700, HALF), (3, 40, torch.float32), (8, 12, HALF), (1, 4100, HALF), (3, 700, torch.float32)],
+)
 def test_norm_products_gate_and_sum(rows, width, dtype):
     """A channel mixer in its block: where the norm is small it is part of the products, the residual always is part of one."""
 
