@@ -259,6 +259,28 @@ def test_listed_blocks_that_are_tiles(filled, monkeypatch):
     compare(OPS["block_attention"], {"q": q, "k": k, "v": v, "chosen": chosen, "size": 32, "causal": True}, torch.float32)
 
 
+@pytest.mark.parametrize("options", [{"window": 20}, {"window": 7, "causal": False}, {"return_lse": True}], ids=str)
+def test_attention_by_descriptors(options, monkeypatch):
+    """Strides that a descriptor takes, tiles that reach over the end of a row, and gradients of outputs with other strides."""
+    fused, made = importlib.import_module("zoo.kernels.attention.fused"), []
+    described = fused.described
+    monkeypatch.setattr(fused, "described", lambda x, size: made.append(described(x, size)) or made[-1])
+    monkeypatch.setattr(fused, "MUCH", 0)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 72, heads, 16, generator=generator, dtype=torch.float64) for heads in (2, 1, 1))
+    compare(OPS["attention"], {"q": q, "k": k, "v": v, **options}, torch.bfloat16)
+    assert len(made) == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_slopes_that_favour_the_far(dtype):
+    """Log-sum-exps of hundreds, and a gradient in which distances weigh what a row of gradients misses its sum by."""
+    generator = torch.Generator().manual_seed(0)
+    given = {n: torch.randn(1, 90, heads, 32, generator=generator, dtype=torch.float64) for n, heads in (("q", 4), ("k", 2), ("v", 2))}
+    given |= {"slopes": torch.tensor([-3.0, -1.0, 0.1, 2.0], dtype=torch.float64), "return_lse": dtype == torch.float32}
+    compare(OPS["attention"], given, dtype)
+
+
 @sampled(1)
 def test_compiles(op, draw):
     given = {n: on_device(v) for n, v in cast(inputs(draw, 2, 20), torch.float32).items()}
@@ -273,6 +295,16 @@ def test_compiles(op, draw):
         )
     for name, x, r in zip(leaves, grads, plain, strict=True):
         assert (x is None) == (r is None) and (r is None or torch.equal(x, r)), f"gradient of {name}"
+
+
+@pytest.mark.parametrize("groups, per_token", [(1, True), (2, True), (2, False)])
+def test_gradients_of_strong_decays(groups, per_token):
+    """Which are sums over pairs of tokens that decays leave little of, beside outputs made of what a token gives itself."""
+    draw, length, heads = torch.Generator().manual_seed(0), 200, 2
+    shapes = {"q": (1, length, groups, 32), "k": (1, length, groups, 32), "v": (1, length, heads, 48)}
+    given = {n: torch.randn(*x, generator=draw, dtype=torch.float64) for n, x in shapes.items()}
+    given["log_decay"] = torch.full((1, length, heads) if per_token else (heads,), -3.0, dtype=torch.float64)
+    compare(OPS["linear_attention"], given, torch.bfloat16)
 
 
 @pytest.mark.parametrize("launch", [{}, {"WHOLE": 1}, {"ANCHOR": 64}, {"ANCHOR": 64, "FILLED": 4}, {"ANCHOR": 64, "WHOLE": 1}], ids=str)

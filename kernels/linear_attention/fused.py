@@ -13,7 +13,7 @@ from triton import language as tl
 
 from zoo.kernels.fused import numbers
 from zoo.kernels.launch import launch, rows, strides, zero
-from zoo.kernels.linear_attention import fused_bounds, fused_channel, fused_pair, fused_scalar
+from zoo.kernels.linear_attention import fused_bounds, fused_channel, fused_gate, fused_pair, fused_scalar
 from zoo.kernels.linear_attention.reference import normalized
 from zoo.kernels.packing import Packing
 from zoo.kernels.segments import Segments, cdiv, padded_size
@@ -24,7 +24,7 @@ WHOLE = 96  # heads of all segments from which a program takes all of a head's c
 TURNED = 128  # channels of keys and of values, padded, for which launches that hold transposes were measured to be faster
 WIDEST = 256  # channels that a product within a chunk sums up at once
 AHEAD, LANES = 8, 128  # tokens that are read before the first is used, where a warp runs along tokens, and its channels
-ANCHOR = 1024  # tokens over which the gradient of a decay may be summed up from rounded products
+ANCHOR = 1024  # tokens over which roundings may add up in the gradient of a decay
 
 
 def linear_attention(q, k, v, log_decay, bonus, value_log_decay, state, scale: float, normalize: bool, packing: Packing | None = None):
@@ -94,6 +94,13 @@ def tile(inner: int, width: int, dtype: torch.dtype, heads: int, turned: bool, s
     if padded <= 128:  # two programs on a multiprocessor hide one another's waits
         return Tile(part, 4, 2 if heads * width >= 2 * FILLED * part else 3, turned and not stored)
     return Tile(part, 8, 2) if padded <= 256 else Tile(min(32, part), 8, 1)
+
+
+class Met(NamedTuple):
+    """What of a sum stems from the state before a chunk, times x and summed over channels, in parts `[slices, B, H, T]`."""
+
+    x: Tensor
+    parts: list[Tensor]
 
 
 def chunk_length(channels: int, dtype: torch.dtype) -> int:
@@ -178,35 +185,40 @@ class Problem:
         )  # fmt: skip
         return bounds
 
-    def sweep(self, a, b, y, initial, final=None, *, reverse=False, transposed=False) -> Tensor:
+    def sweep(self, a, b, y, initial, final=None, *, reverse=False, transposed=False, met: Met | None = None) -> Tensor:
         """One of the four sums. All are linear in a and b's channels: many are cut up."""
         inner = a.shape[3]
         if inner <= WIDEST or self.channel:
-            return self._sweep(a, b, y, initial, final, reverse, transposed)
+            return self._sweep(a, b, y, initial, final, reverse, transposed, met)
         out = None
         for first in range(0, inner, WIDEST):
             cut = slice(first, first + WIDEST)
             states = (None if x is None else x[..., cut] if transposed else x[..., cut, :] for x in (initial, final))
-            part = self._sweep(a[..., cut], b[..., cut], y, *states, reverse, transposed)
+            part = self._sweep(a[..., cut], b[..., cut], y, *states, reverse, transposed, met)
             out = part if out is None else out.add_(part)
         return out
 
-    def _sweep(self, a, b, y, initial, final, reverse: bool, transposed: bool) -> Tensor:
+    def _sweep(self, a, b, y, initial, final, reverse: bool, transposed: bool, met: Met | None) -> Tensor:
         seg, inner, width = self.segments, a.shape[3], y.shape[3]
         part, warps, stages, turned = tile(inner, width, self.dtype, seg.count * self.heads, self.turned, final is not None)
         at_first = (0, 0, 0) if initial is None else (*((1, self.values) if transposed else (self.values, 1)), self.keys * self.values)
         initial = zero(self.device, self.exact) if initial is None else initial
         out = self.empty(self.batch, self.length, self.heads, width, dtype=self.wide if transposed and self.channel else self.dtype)
-        at_a, at_b, at_y, at_out = strides(a), strides(b), strides(y), strides(out)
+        slices, x, into = cdiv(width, part), y if met is None else met.x, None
+        if met is not None:
+            into = self.empty(slices, self.batch, self.heads, self.length, dtype=self.exact)
+            met.parts.append(into)
+        at_a, at_b, at_y, at_x, at_out = strides(a), strides(b), strides(y), strides(x), strides(out)
         launch(
-            fused_scalar.sweep, cdiv(width, part) * self.heads * seg.count,
-            a, b, y, out, initial, final, self.sums, seg.table, self.edges, self.unsafe, self.safes, self.diagonal,
-            *at_a, *at_b, *at_y, *at_out, *self.per_token, self.heads // a.shape[2], self.heads // b.shape[2], self.heads // y.shape[2],
-            *at_first, self.keys * self.values, self.scale, self.heads, inner, width, self.chunks,
-            ALIKE=at_a[1] == at_b[1] == at_y[1] == at_out[1], DP=padded_size(inner), BW=part, C=self.chunk,
+            fused_scalar.sweep, slices * self.heads * seg.count,
+            a, b, y, x, out, into, initial, final, self.sums, seg.table, self.edges, self.unsafe, self.safes, self.diagonal,
+            *at_a, *at_b, *at_y, *at_x, *at_out, *self.per_token,
+            self.heads // a.shape[2], self.heads // b.shape[2], self.heads // y.shape[2], self.heads // x.shape[2],
+            self.batch * self.heads * self.length, *at_first, self.keys * self.values, self.scale, self.heads, inner, width, self.chunks,
+            ALIKE=at_a[1] == at_b[1] == at_y[1] == at_x[1] == at_out[1], DP=padded_size(inner), BW=part, C=self.chunk,
             EVEN=inner == padded_size(inner) and width % part == 0, REVERSE=reverse, TURNED=turned, DECAY=self.decay(transposed),
-            BONUS=self.diagonal is not None, HAS_FINAL=final is not None, TYPE=self.type, ACC=self.acc, PRECISION=self.precision,
-            num_warps=warps, num_stages=stages,
+            BONUS=self.diagonal is not None, GATED=met is not None, HAS_FINAL=final is not None, TYPE=self.type, ACC=self.acc,
+            PRECISION=self.precision, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return out
 
@@ -252,21 +264,25 @@ class Problem:
         )  # fmt: skip
         return dk, dv, self.first(found)
 
-    def backward(self, q, k, do, dlast, wants_first: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def backward(self, q, k, do, dlast, wants_first: bool, met: Met | None = None) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Gradients: of v, of the first state, and those that `sweep` against time starts from."""
         fates, found = self.fates(q, do, dlast, wants_first)
-        return self.sweep(k, q, do, fates, found, reverse=True), self.first(found), fates
+        return self.sweep(k, q, do, fates, found, reverse=True, met=met), self.first(found), fates
 
-    def gate_gradient(self, out: Tensor, do: Tensor, v: Tensor, dv: Tensor, ends: Tensor, fates: Tensor | None) -> Tensor:
-        """Of a decay per head or token, from states and their gradients at the segments' ends."""
+    def gate_gradient(self, q, k, v, do, ends: Tensor, fates: Tensor | None, read: list[Tensor], written: list[Tensor]) -> Tensor:
+        """Of a decay per head or token, from states and their gradients at the segments' ends and what `sweep` found beside sums."""
         fates = self.state(torch.zeros) if fates is None else fates
+        read, written = (parts[0] if len(parts) == 1 else torch.cat(parts) for parts in (read, written))
         dg = self.empty(self.batch, self.length, self.heads, dtype=self.exact)
-        size = self.keys * self.values
+        most = 128 if self.dtype == torch.bfloat16 else 32
         launch(
-            fused_scalar.gate_gradient, self.segments.count * self.heads,
-            out, do, v, dv, dg, ends, fates, self.segments.table, *strides(out), *strides(do), *strides(v), *strides(dv), *strides(dg),
-            self.heads // v.shape[2], self.scale, self.heads, size, self.values,
-            C=CHUNK, BW=min(128, padded_size(self.values)), BLOCK=min(1024, padded_size(size)), ACC=self.acc, num_warps=4,
+            fused_gate.gate_gradient, self.segments.count * self.heads,
+            q, k, v, do, dg, read, written, self.sums, ends, fates, self.segments.table,
+            *strides(q), *strides(k), *strides(v), *strides(do), *strides(dg), *self.per_token,
+            *(self.heads // x.shape[2] for x in (q, k, v)), read.stride(0), self.scale, self.heads, self.keys, self.values,
+            C=self.chunk, BD=min(most, padded_size(self.keys)), BW=min(most, padded_size(self.values)),
+            BLOCK=min(1024, padded_size(self.keys * self.values)), READS=read.shape[0], WRITES=written.shape[0],
+            TYPE=self.type, ACC=self.acc, PRECISION=self.precision, num_warps=4, num_stages=2,
         )  # fmt: skip
         return (dg.sum((0, 1)) if self.log_decay.ndim == 1 else dg).to(self.log_decay.dtype)
 
@@ -358,15 +374,15 @@ class _Scalar(torch.autograd.Function):
         ks = k if log_decay is None or by_value else p.scaled(k)[0]
         vs = v if log_decay is None or not by_value else p.scaled(v)[0]
         out, last, start, ends = p.forward(q, ks, vs, None if state is None else state.contiguous())
-        ctx.by_value, ctx.cu_seqlens, gated = by_value, cu_seqlens, ctx.needs_input_grad[3]
-        ctx.save_for_backward(q, k, v, start, ends if gated else None, out if gated else None)
+        ctx.by_value, ctx.cu_seqlens = by_value, cu_seqlens
+        ctx.save_for_backward(q, k, v, start, ends if ctx.needs_input_grad[3] else None)
         ctx.set_materialize_grads(False)
         return out, last.float()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do, dlast):
-        q, k, v, start, ends, out = ctx.saved_tensors
+        q, k, v, start, ends = ctx.saved_tensors
         p = ctx.problem
         do, dlast = cotangent(do, v, p.heads), None if dlast is None else dlast.to(p.exact) / p.scale
         qs, ks, vs, dos = q, k, v, do
@@ -374,13 +390,14 @@ class _Scalar(torch.autograd.Function):
             vs, dos = p.scaled(v, do)
         elif p.log_decay is not None:
             ks, qs = p.scaled(k, q)
-        dq = p.sweep(do, vs, ks, start, transposed=True)
+        read, written = (Met(q, []), Met(v, [])) if ctx.needs_input_grad[3] else (None, None)
+        dq = p.sweep(do, vs, ks, start, transposed=True, met=read)
         if p.turned:
             dk, dv, dstate = p.regrouped(q, k, v, ctx.cu_seqlens).pair(q, k, v, do, dlast, ctx.needs_input_grad[4])
         else:
-            dv, dstate, fates = p.backward(qs, k, dos, dlast, ctx.needs_input_grad[4])
+            dv, dstate, fates = p.backward(qs, k, dos, dlast, ctx.needs_input_grad[4], written)
             dk = p.sweep(v, dos, qs, fates, reverse=True, transposed=True)
-        dg = p.gate_gradient(out, do, v, dv, ends, fates) if ctx.needs_input_grad[3] else None
+        dg = p.gate_gradient(q, k, v, do, ends, fates, read.parts, written.parts) if ctx.needs_input_grad[3] else None
         dstate = (dstate * p.scale).float() if ctx.needs_input_grad[4] else None
         return p.shared(dq, q), p.shared(dk, k), p.shared(dv, v), dg, dstate, None, None
 

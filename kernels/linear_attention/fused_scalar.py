@@ -15,7 +15,7 @@ A program walks the chunks of one segment of a sequence for one head and one sli
 holds the transposes of M and of its sums, whose factor M then is, and passes from one product to the next without leaving registers.
 `fused_bounds` finds what each segment starts from.
 `prepare` sums the decays up chunk by chunk beforehand, and scales keys and queries by them, so that what is left for `sweep` are
-factors of rows and of M. `gate_gradient` is sum_{s >= t} (o_s . do_s - v_s . dv_s) + S . dS at the end of the sum.
+factors of rows and of M. `fused_gate` makes the gradient of the decay.
 
 Floor, K = V = D channels of two bytes, per token and head: forward 4 D numbers of 2 bytes (q, k, v in, o out), backward 7 D (q, k, v,
 do in, dq, dk, dv out); 4 D^2 + 4 C D FLOP forward, 2.5 times that backward.
@@ -125,19 +125,13 @@ def load_edge(EDGES, chunk, ROW: tl.constexpr, c, channels):
 
 
 @triton.jit
-def advance_exactly(
-    a, b, y, m, p, sums, middle, total,
-    REVERSE: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The same with one decay per token; where the middle is 1, b and y are not scaled."""
+def exactly(p, sums, middle, total, REVERSE: tl.constexpr):
+    """For one decay per token where a chunk may not be scaled: its scores with decays, what is read of the state before it is multiplied
+    by, and what y is in the state behind it. Where the middle is 1, b and y are not scaled."""
     edge = tl.where(middle > 0, sums, middle)  # what was divided by
     near = (edge[None, :] - sums[:, None]) if REVERSE else (sums[:, None] - edge[None, :])
-    before = tl.exp((total - sums) if REVERSE else sums)[:, None]
-    out = tl.dot(a, m.to(TYPE), input_precision=PRECISION, out_dtype=ACC) * before
-    p *= tl.exp(tl.minimum(near, SAFE))
-    out = tl.dot(p.to(TYPE), y, out, input_precision=PRECISION, out_dtype=ACC)
-    y = (y * tl.exp(edge if REVERSE else (total - edge))[:, None]).to(TYPE)
-    return out, tl.dot(tl.trans(b), y, m * tl.exp(total), input_precision=PRECISION, out_dtype=ACC)
+    of_state, of_y = tl.exp((total - sums) if REVERSE else sums), tl.exp(edge if REVERSE else (total - edge))
+    return p * tl.exp(tl.minimum(near, SAFE)), of_state[:, None], of_y[:, None]
 
 
 @triton.jit
@@ -183,9 +177,9 @@ def store_tile(OUT, x, i, c, stride, left, channels, EVEN: tl.constexpr, TURNED:
 
 @triton.jit
 def walk(
-    A, B, Y, OUT, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, o_t, own, place, length, h, w, scale, H, D, W,
+    A, B, Y, X, OUT, MET, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, x_t, o_t, own, place, length, h, w, scale, H, D, W,
     DP: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, TURNED: tl.constexpr, DECAY: tl.constexpr,
-    BONUS: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BONUS: tl.constexpr, GATED: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """All chunks of a segment; returns M behind them."""
     i, d, last = tl.arange(0, C), tl.arange(0, DP), tl.cdiv(length, C) - 1
@@ -202,6 +196,8 @@ def walk(
         a = load_tile(A + t * a_t, i, d, a_t, left, D, EVEN, TYPE)
         b = load_tile(B + t * b_t, i, d, b_t, left, D, EVEN, TYPE)
         y = load_tile(Y + t * y_t, i, w, y_t, left, W, EVEN, TYPE)
+        if GATED:
+            x = load_tile(X + t * x_t, i, w, x_t, left, W, EVEN, TYPE)
         if DECAY != NONE:
             following = tl.maximum(j - 1, 0) if REVERSE else tl.minimum(j + 1, last)
             before_, after_, near_, safe_ = load_decays(
@@ -215,7 +211,8 @@ def walk(
             itself = tl.load(DIAGONAL + own + t + i, mask=i < left, other=0.0)
             p += tl.where(i[:, None] == i[None, :], itself[:, None], 0.0)
         if DECAY == EXACT:
-            out, m = advance_exactly(a, b, y, m, p, near, before, after, REVERSE, TYPE, ACC, PRECISION)
+            p, of_state, of_y = exactly(p, near, before, after, REVERSE)
+            out = read(a, m, TURNED, TYPE, ACC, PRECISION) * of_state
         else:
             if SCALED:
                 m = scaled(m, before, DECAY)
@@ -225,9 +222,15 @@ def walk(
                 if not safe:
                     rest = load_edge(EDGES, chunk, READ + 1, c, channels) - load_edge(EDGES, chunk, READ, c, channels)
                     m = scaled(m, rest, DECAY)
-            out, m = plus(p, y, out, TURNED, TYPE, ACC, PRECISION), write(b, y, m, TURNED, ACC, PRECISION)
-            if DECAY == TOKEN:
-                out *= tl.exp(near)[:, None]
+        if GATED:
+            met = tl.sum(x.to(ACC) * out, 1) * scale
+            tl.store(MET + own + t + i, (met * tl.exp(near)) if DECAY == TOKEN else met, mask=i < left)
+        out = plus(p, y, out, TURNED, TYPE, ACC, PRECISION)
+        if DECAY == EXACT:
+            y, m = (y * of_y).to(TYPE), m * tl.exp(after)
+        m = write(b, y, m, TURNED, ACC, PRECISION)
+        if DECAY == TOKEN:
+            out *= tl.exp(near)[:, None]
         if SCALED:  # once for the edges of two chunks
             before_ = before_ + after
         if DECAY != NONE:
@@ -240,14 +243,16 @@ def walk(
 
 @triton.jit
 def sweep(
-    A, B, Y, OUT, INIT, FINAL, SUMS, TABLE, EDGES, UNSAFE, SAFES, DIAGONAL,
-    a_b, a_t, a_h, b_b, b_t, b_h, y_b, y_t, y_h, o_b, o_t, o_h, s_b, s_h,
-    a_rep, b_rep, y_rep, m_row, m_col, m_size, size, scale, H, D, W, CHUNKS, ALIKE: tl.constexpr,
+    A, B, Y, X, OUT, MET, INIT, FINAL, SUMS, TABLE, EDGES, UNSAFE, SAFES, DIAGONAL,
+    a_b, a_t, a_h, b_b, b_t, b_h, y_b, y_t, y_h, x_b, x_t, x_h, o_b, o_t, o_h, s_b, s_h,
+    a_rep, b_rep, y_rep, x_rep, met_size, m_row, m_col, m_size, size, scale, H, D, W, CHUNKS, ALIKE: tl.constexpr,
     DP: tl.constexpr, BW: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, REVERSE: tl.constexpr, TURNED: tl.constexpr,
-    DECAY: tl.constexpr, BONUS: tl.constexpr, HAS_FINAL: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, BONUS: tl.constexpr, GATED: tl.constexpr, HAS_FINAL: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """See the module. UNSAFE `[segments, H]`: positive where some chunk was not scaled; FINAL takes M behind a sequence's last segment
-    (first if REVERSE). ALIKE: the strides of A, B, Y and OUT over tokens are one, for which registers are short.
+    (first if REVERSE). If GATED, MET [slices, B, H, T], met_size apart, takes what of OUT stems from M, times X, summed over the slice.
+    ALIKE: the strides of A, B, Y, X and OUT over tokens are one, for which registers are short.
     Programs: segments x heads x slices of W."""
     slices = tl.cdiv(W, BW)
     slice_, h, segment = tl.program_id(0) % slices, tl.program_id(0) // slices % H, (tl.program_id(0) // slices // H).to(tl.int64)
@@ -255,12 +260,15 @@ def sweep(
     if start == stop:  # no segment at all
         return
     if ALIKE:
-        b_t, y_t, o_t = a_t, a_t, a_t
+        b_t, y_t, x_t, o_t = a_t, a_t, a_t, a_t
     d, w = tl.arange(0, DP), slice_ * BW + tl.arange(0, BW)
     A += row * a_b + start * a_t + (h // a_rep) * a_h
     B += row * b_b + start * b_t + (h // b_rep) * b_h
     Y += row * y_b + start * y_t + (h // y_rep) * y_h
     OUT += row * o_b + start * o_t + h * o_h
+    if GATED:
+        X += row * x_b + start * x_t + (h // x_rep) * x_h
+        MET += slice_ * met_size
     own = row * s_b + h * s_h + start
     at = tl.load(TABLE + segment * 5 + (4 if REVERSE else 3))
     row_, column = (d[None, :], w[:, None]) if TURNED else (d[:, None], w[None, :])
@@ -270,56 +278,14 @@ def sweep(
     length, place = (stop - start).to(tl.int32), segment * CHUNKS
     if DECAY == TOKEN:
         if tl.load(UNSAFE + segment * H + h) > 0:
-            m = walk(A, B, Y, OUT, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, o_t, own, place, length, h, w, scale, H, D, W,
-                     DP, C, EVEN, REVERSE, TURNED, EXACT, BONUS, TYPE, ACC, PRECISION)  # fmt: skip
+            m = walk(A, B, Y, X, OUT, MET, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, x_t, o_t, own, place, length, h, w, scale, H, D,
+                     W, DP, C, EVEN, REVERSE, TURNED, EXACT, BONUS, GATED, TYPE, ACC, PRECISION)  # fmt: skip
         else:
-            m = walk(A, B, Y, OUT, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, o_t, own, place, length, h, w, scale, H, D, W,
-                     DP, C, EVEN, REVERSE, TURNED, DECAY, BONUS, TYPE, ACC, PRECISION)  # fmt: skip
+            m = walk(A, B, Y, X, OUT, MET, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, x_t, o_t, own, place, length, h, w, scale, H, D,
+                     W, DP, C, EVEN, REVERSE, TURNED, DECAY, BONUS, GATED, TYPE, ACC, PRECISION)  # fmt: skip
     else:
-        m = walk(A, B, Y, OUT, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, o_t, own, place, length, h, w, scale, H, D, W,
-                 DP, C, EVEN, REVERSE, TURNED, DECAY, BONUS, TYPE, ACC, PRECISION)  # fmt: skip
+        m = walk(A, B, Y, X, OUT, MET, SUMS, EDGES, SAFES, DIAGONAL, m, a_t, b_t, y_t, x_t, o_t, own, place, length, h, w, scale, H, D, W,
+                 DP, C, EVEN, REVERSE, TURNED, DECAY, BONUS, GATED, TYPE, ACC, PRECISION)  # fmt: skip
     if HAS_FINAL and at_the_edge(TABLE, segment, tl.num_programs(0) // (slices * H), REVERSE):
         at = tl.load(TABLE + segment * 5 + (3 if REVERSE else 4))
         tl.store(FINAL + (at * H + h) * size + row_ * W + column, m, mask=inside)
-
-
-@triton.jit
-def gate_gradient(
-    OUT, DO, V, DV, DG, S, DS, TABLE,
-    o_b, o_t, o_h, do_b, do_t, do_h, v_b, v_t, v_h, dv_b, dv_t, dv_h, g_b, g_t, g_h, v_rep, scale, H, SIZE, W,
-    C: tl.constexpr, BW: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """DG from o . do - v . dv, and the states and their gradients at the segments' ends. Programs: segments x heads."""
-    h, segment = tl.program_id(0) % H, (tl.program_id(0) // H).to(tl.int64)
-    row, start, stop = segment_of(TABLE, segment)
-    if start == stop:
-        return
-    at = (tl.load(TABLE + segment * 5 + 4) * H + h) * SIZE
-    both = tl.zeros((BLOCK,), ACC)
-    for x in range(0, SIZE, BLOCK):
-        j = x + tl.arange(0, BLOCK)
-        both += tl.load(S + at + j, mask=j < SIZE, other=0.0).to(ACC) * tl.load(DS + at + j, mask=j < SIZE, other=0.0)
-    later = tl.sum(both, 0) * scale
-    OUT += row * o_b + h * o_h
-    DO += row * do_b + h * do_h
-    V += row * v_b + (h // v_rep) * v_h
-    DV += row * dv_b + h * dv_h
-    chunks = tl.cdiv(stop - start, C)
-    for n in range(0, chunks):
-        first = start + (chunks - 1 - n) * C
-        i, left = tl.arange(0, C), (stop - first).to(tl.int32)
-        each = tl.zeros((C,), ACC)
-        for x in range(0, W, BW):
-            w = x + tl.arange(0, BW)
-            o, do = (
-                load_tile(OUT + first * o_t, i, w, o_t, left, W, False, ACC),
-                load_tile(DO + first * do_t, i, w, do_t, left, W, False, ACC),
-            )
-            v, dv = (
-                load_tile(V + first * v_t, i, w, v_t, left, W, False, ACC),
-                load_tile(DV + first * dv_t, i, w, dv_t, left, W, False, ACC),
-            )
-            each += tl.sum(o * do - v * dv, 1)
-        whole = tl.sum(each, 0)
-        tl.store(DG + row * g_b + (first + i) * g_t + h * g_h, later + whole - tl.cumsum(each, 0) + each, mask=i < left)
-        later += whole
