@@ -6,8 +6,8 @@ is pending is planned (`plan`), written as kernels (`fused`) and launched. What 
 other, the rest is side by side in one; what nobody can see any more is not written. Of a channel mixer in its block,
 
     n = x * (x * x).mean(-1, keepdim=True).add(eps).rsqrt() * weight    # made by every program of the two products that read it
-    h = silu(n @ gate.T) * (n @ up.T)                                   # launch 1: both products, and what follows them
-    y = x + h @ down.T                                                  # launch 2: a sum over h, which others had to write
+    h = silu(linear(n, gate)) * linear(n, up)                           # launch 1: both products, and what follows them
+    y = x + linear(h, down)                                             # launch 2: a sum over h, which others had to write
 
 comes y by two launches, of which the first writes h alone. Results are rounded to their dtype, as torch would have rounded each.
 
