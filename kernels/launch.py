@@ -14,7 +14,7 @@ def launch(kernel, programs: int, *args, num_warps: int = 4, num_stages: int = 1
     """Run `programs` programs of a `triton.jit` function.
 
     Args:
-        args: its parameters in order: tensors, numbers and None.
+        args: its parameters in order: tensors and descriptors of them (the first is a tensor), numbers and None.
         constants: its `tl.constexpr` parameters, which come last in its signature.
         num_warps, num_stages: of the compiler.
     """
@@ -29,7 +29,10 @@ def launch(kernel, programs: int, *args, num_warps: int = 4, num_stages: int = 1
             launch(kernel, programs, *args, num_warps=num_warps, num_stages=num_stages, **constants)
         return
     first = next((i for i, x in enumerate(args) if type(x) is int or type(x) is float), len(args))  # tensors come before numbers
-    tensors, numbers = [x is not None and (x.dtype, x.data_ptr() & 15) for x in args[:first]], args[first:]
+    tensors, numbers = args[:first], args[first:]
+    tensors = [
+        x is not None and ((x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else (x.base.dtype, *x.block_shape)) for x in tensors
+    ]
     compiler = {"num_warps": num_warps, "num_stages": num_stages}
     fixed = (id(kernel), lead.device.index, *compiler.values(), *constants.values(), *tensors)
     known = _launched.get((fixed, numbers))

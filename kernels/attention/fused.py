@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from triton import language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from zoo.kernels.attention import chunked, fused_rule, fused_tiles, rules
 from zoo.kernels.fused import INTERPRETED
@@ -19,6 +20,8 @@ from zoo.kernels.packing import Packing
 from zoo.kernels.segments import cdiv, padded_size
 
 EVERYTHING = 1 << 29  # how far a query sees without a window
+FEW = 2048  # positions
+MUCH = 1 << 18  # tokens of all heads; with fewer a device waits for the host, whom descriptors cost time
 NEGLIGIBLE = 80  # powers of 2; 24 are float32's precision, and the rest is more than there are tokens
 LOG2E = fused_rule.LOG2E.value
 
@@ -41,7 +44,7 @@ def attention(
     rule = Rule(causal, left, right, dilation, sinks if windowed else 0, max(scale, 1e-30), softcap, normaliser == "sigmoid")
     places = Places(q, k, q_positions, kv_positions, global_tokens if windowed else None, packing)
     out, lse = _Attention.apply(q, k, v, slopes, *after, rule, places)
-    return out, lse.transpose(1, 2) if return_lse else None
+    return out, lse.transpose(1, 2).float() if return_lse else None
 
 
 def _cumulative(log_forget: Tensor | None, p: Tensor | None, j: Tensor | None, queries: int) -> tuple[Tensor | None, Tensor | None]:
@@ -161,17 +164,43 @@ class Tiles(NamedTuple):
 # by channels of the widest head, up to which an entry serves: forward, gradient of queries, gradients of keys
 NEAR = {  # where a query sees few keys, and small tiles have the least edge
     64: 3 * (Tiles(64, 64, 4, 3),),
-    128: (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2)),
+    128: (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)),
     256: (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2), Tiles(32, 64, 8, 2)),
 }
+ADDRESSED = NEAR | {128: (Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2))}  # addresses take registers
 FAR = NEAR | {128: (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 3))}
 SINGLE = {32: 3 * (Tiles(64, 64, 4, 1),), 256: 3 * (Tiles(32, 32, 4, 1),)}
 
 
-def tiles(q: Tensor, v: Tensor, reach: int) -> tuple[Tiles, Tiles, Tiles]:
+def tiles(q: Tensor, v: Tensor, reach: int, described: bool) -> tuple[Tiles, Tiles, Tiles]:
     """For so many positions that a query sees."""
-    table = SINGLE if q.dtype == torch.float32 else NEAR if reach < 2048 else FAR
+    table = SINGLE if q.dtype == torch.float32 else FAR if reach >= FEW else NEAR if described else ADDRESSED
     return next(found for most, found in table.items() if max(q.shape[3], v.shape[3]) <= most)
+
+
+def walk(q: Tensor, k: Tensor, v: Tensor, flags: int, reach: int) -> int:
+    """Flags of how programs walk: by descriptors where these were measured to be faster, else 0. Short walks of up to 128 channels and long
+    ones of up to 64 or more than 128; no gates, beside which two programs on a multiprocessor have no memory for barriers, and no packed
+    rows, of which a tile would read on in the next sequence."""
+    wide = max(q.shape[3], v.shape[3])
+    slower = wide > 128 if reach < FEW else 64 < wide <= 128
+    if q.dtype == torch.float32 or flags & ~fused_rule.CAUSAL.value or slower or q.shape[:3].numel() < MUCH:
+        return 0
+    if q.shape[1] & 3 or not all(fits(x) for x in (q, k, v)):  # rows of log-sum-exps have descriptors too
+        return 0
+    return fused_rule.DESCRIBED.value | (fused_rule.NEAR.value if reach < FEW else 0)
+
+
+def fits(x: Tensor) -> bool:
+    """Whether it can have a descriptor."""
+    *far, near = x.stride()
+    return near == 1 and x.numel() > 0 and x.data_ptr() & 15 == 0 and all(n > 0 and n * x.itemsize & 15 == 0 for n in far)
+
+
+def described(x: Tensor, size: int) -> TensorDescriptor:
+    """By which a kernel reads tiles of so many tokens of `[B, T, H, channels]` or of `[B, H, T]`; what is behind the end reads as zeros."""
+    x, block = (x, [1, size, 1, padded_size(x.shape[3])]) if x.dim() == 4 else (x.flatten(0, 1), [1, size])
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block)
 
 
 def types(dtype: torch.dtype) -> tuple[tl.dtype, tl.dtype]:
@@ -214,18 +243,21 @@ class Problem:
             (slopes, *halves(after[0], wide), *halves(after[1], wide), limit(q, k, slopes, after[0], rule, places)),
         )
         self.batch, self.heads, self.groups, self.keys, self.values = q.shape[0], q.shape[2], k.shape[2], q.shape[3], v.shape[3]
-        self.tiles = tiles(q, v, sum(rule.reach()))
+        reach, flags = sum(rule.reach()), rule.flags(places, slopes, after[0])
+        self.walk = walk(q, k, v, flags, reach)
+        self.tiles = tiles(q, v, reach, self.walk > 0)
         kind, exact = types(q.dtype)
         tile = padded_size(self.keys), padded_size(self.values)
         self.constants = {"DP": tile[0], "WP": tile[1], "EVEN": tile == (self.keys, self.values)}
-        self.constants |= {"RULE": rule.flags(places, slopes, after[0]), "TYPE": kind, "ACC": exact}
+        self.constants |= {"RULE": flags | self.walk, "TYPE": kind, "ACC": exact}
         self.sizes = self.heads, self.heads // self.groups, self.keys, self.values, places.sequences, places.queries, places.keys
 
-    def launch(self, kernel, tile: Tiles, by_keys: bool, tensors: tuple, strided: tuple) -> None:
-        """Programs for tiles of queries of every head, or of keys of every group."""
-        p = self.places
-        marked, other = (p.marked_p, tile.queries) if by_keys else (p.marked_j, tile.keys)
-        listed, counts, lists = p.listed(marked, other)
+    def launch(self, kernel, tile: Tiles, by_keys: bool, tensors: tuple, strided: tuple, walked: tuple[int, ...]) -> None:
+        """Programs for tiles of queries of every head, or of keys of every group. walked: the places of tensors of the other side."""
+        p, size = self.places, tile.queries if by_keys else tile.keys
+        if self.walk:
+            tensors = [described(x, size) if n in walked else x for n, x in enumerate(tensors)]
+        listed, counts, lists = p.listed(p.marked_p if by_keys else p.marked_j, size)
         counts = p.hull(by_keys, tile.queries, tile.keys, self.rule) if listed is None else counts
         programs = p.tiles(p.keys, tile.keys) * self.groups if by_keys else p.tiles(p.queries, tile.queries) * self.heads
         launch(
@@ -238,21 +270,26 @@ class Problem:
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """Outputs, and the log-sum-exp `[B, H, Tq]` of softmax."""
         out = v.new_empty(self.batch, q.shape[1], self.heads, self.values)
-        lse = None if self.rule.alone else q.new_empty(self.batch, self.heads, q.shape[1], dtype=torch.float32)
-        self.launch(fused_tiles.forward, self.tiles[0], False, (q, k, v, out, lse), (q, k, v, out))
+        exact = torch.float64 if q.dtype == torch.float32 else torch.float32  # it grows with distance under slopes
+        lse = None if self.rule.alone else q.new_empty(self.batch, self.heads, q.shape[1], dtype=exact)
+        self.launch(fused_tiles.forward, self.tiles[0], False, (q, k, v, out, lse), (q, k, v, out), (1, 2))
         return out, lse
 
     def backward(self, q, k, v, out, lse, do, dlse) -> tuple[Tensor | None, ...]:
         """Gradients of queries, keys, values, slopes and cumulative gates at queries and keys."""
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         delta = None if lse is None else torch.empty_like(lse)
+        below = torch.empty_like(lse) if self.walk else None
+        if self.walk and not fits(do):
+            do = do.clone(memory_format=torch.contiguous_format)
         slopes, after_p, _, after_j, *_ = self.terms
         dp, dj = (None if x is None else torch.empty_like(x, dtype=torch.float64) for x in (after_p, after_j))
         tile, programs = self.tiles[1], self.places.tiles(self.places.queries, self.tiles[1].queries)
         dslope = None if slopes is None else q.new_zeros(self.batch, self.heads, programs, dtype=torch.float32)
-        tensors = q, k, v, out, do, lse, dlse, dq, delta, dslope, dp
-        self.launch(fused_tiles.queries_gradient, tile, False, tensors, (q, k, v, out, do, dq))
-        self.launch(fused_tiles.keys_gradient, self.tiles[2], True, (k, q, v, do, lse, delta, dk, dv, dj), (q, k, v, do, dk, dv))
+        tensors = q, k, v, out, do, lse, dlse, dq, below, delta, dslope, dp
+        self.launch(fused_tiles.queries_gradient, tile, False, tensors, (q, k, v, out, do, dq), (1, 2))
+        tensors = k, q, v, do, below if self.walk else lse, delta, dk, dv, dj
+        self.launch(fused_tiles.keys_gradient, self.tiles[2], True, tensors, (q, k, v, do, dk, dv), (1, 3, 4, 5))
         return dq, dk, dv, None if slopes is None else dslope.double().sum((0, 2)).to(slopes.dtype), dp, dj
 
 

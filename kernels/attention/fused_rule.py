@@ -16,8 +16,11 @@ SLOPES = tl.constexpr(64)
 FORGET = tl.constexpr(128)
 CAP = tl.constexpr(256)
 SIGMOID = tl.constexpr(512)
+NEAR = tl.constexpr(1024)  # queries see few keys, and one walk over all tiles is shorter than one over those at the edges after the rest
+DESCRIBED = tl.constexpr(2048)  # tiles of the other side come by descriptors (TMA)
 BIASED = tl.constexpr(64 + 128 + 256)
 UNEVEN = tl.constexpr(2 + 8)  # no tile is known to be seen whole
+ONCE = tl.constexpr(2 + 8 + 1024)  # one walk
 ELSEWHERE = tl.constexpr(16 + 32)  # keys are seen outside the window
 LOG2E = tl.constexpr(1.4426950408889634)
 SIZES = ["H", "SEQUENCES", "QUERIES", "KEYS", "back", "ahead", "dilation", "sinks"]  # compiled once for all values
@@ -101,8 +104,10 @@ def remembering(AFTER, LIMIT, first, by_head, own, begin, left, whole, right, qu
 
 @triton.jit
 def edge_tile(n, begin, left, whole, right, sunk, LIST, start, i, length, SIZE: tl.constexpr, RULE: tl.constexpr):
-    """Where the n-th tile under a mask begins, and which of its tokens belong to it: the edges, then `sunk` tiles of sinks, then those on
-    the list that holds marked tokens; these two leave out what was there before."""
+    """Where the n-th tile under a mask begins, which of its tokens belong to it, and whether any pair may be hidden: the edges, then `sunk`
+    tiles of sinks, then those on the list that holds marked tokens; these two leave out what was there before. NEAR: all, in order."""
+    if NEAR & RULE:
+        return begin + n * SIZE, begin + n * SIZE + i < length, (n < left) | (n >= left + whole)
     at = begin + tl.where(n < left, n, n + whole) * SIZE
     if (ELSEWHERE & RULE) and not PLACED & RULE:
         m = n - left - right
@@ -114,9 +119,9 @@ def edge_tile(n, begin, left, whole, right, sunk, LIST, start, i, length, SIZE: 
             least = tl.where(m >= sunk, sunk * SIZE, 0)
         j = at + i
         new = (m < 0) | (j < begin) | (j >= begin + (left + whole + right) * SIZE)
-        return at, (j >= least) & (j < length) & new
+        return at, (j >= least) & (j < length) & new, True
     else:
-        return at, at + i < length
+        return at, at + i < length, True
 
 
 @triton.jit
@@ -174,6 +179,27 @@ def read(X, at, i, stride, c, channels, inside, MASK: tl.constexpr, EVEN: tl.con
 
 
 @triton.jit
+def of_head(X, b, start, h, x_b, x_t, x_h, RULE: tl.constexpr):
+    """Where a sequence begins in a row and a head; a descriptor stays as it is."""
+    if DESCRIBED & RULE:
+        return X
+    else:
+        return X + b * x_b + start * x_t + h * x_h
+
+
+@triton.jit
+def fetch(
+    X, b, h, at, i, stride, c, channels, inside, SIZE: tl.constexpr, PADDED: tl.constexpr,
+    MASK: tl.constexpr, EVEN: tl.constexpr, TYPE: tl.constexpr, RULE: tl.constexpr,
+):  # fmt: skip
+    """`read` of what `of_head` made; by a descriptor tokens behind the row's end and channels that are not there are zeros."""
+    if DESCRIBED & RULE:
+        return X.load([b.to(tl.int32), at, h, 0]).reshape(SIZE, PADDED).to(TYPE)
+    else:
+        return read(X, at, i, stride, c, channels, inside, MASK, EVEN, TYPE)
+
+
+@triton.jit
 def gates(AFTER, REST, at, i, inside, anchor, RULE: tl.constexpr):
     """Cumulative log forget gates of a tile in base 2 as sums of two float32 numbers, and those of its token `anchor`."""
     if FORGET & RULE:
@@ -203,19 +229,22 @@ def gate_of_pair(own, rest, anchor, last, AFTER, REST, at, i, inside, KEYS: tl.c
 
 @triton.jit
 def scores(
-    s, own_at, own_marked, own, rest, anchor, last, AT, MARKED_, AFTER, REST, tokens, by_head, at, i, shift, real,
+    s, own_at, own_marked, own, rest, anchor, last, AT, MARKED_, AFTER, REST, tokens, by_head, at, i, shift, real, cut,
     slope, scale, cap, back, ahead, dilation, sinks, KEYS: tl.constexpr, EDGE: tl.constexpr, RULE: tl.constexpr,
 ):  # fmt: skip
     """From products of the program's own tile (rows) and of tokens at + i of the other side (columns): logits as `logits` makes them,
-    masked if EDGE, the derivative of the cap, and how far queries are behind keys."""
+    masked if `cut`, the derivative of the cap, and how far queries are behind keys."""
     there = tl.load(AT + tokens + at + i, mask=real, other=-1).to(tl.int32) if PLACED & RULE else at + i + shift
     gap = there[None, :] - own_at[:, None] if KEYS else own_at[:, None] - there[None, :]
     gate = gate_of_pair(own, rest, anchor, last, AFTER, REST, by_head + at, i, real, KEYS, EDGE, RULE)
     x, bend = logits(s, gap, slope, gate, scale, cap, RULE)
-    if EDGE:
+    if cut:
         marked = tl.load(MARKED_ + tokens + at + i, mask=real, other=0)[None, :] if MARKED & RULE else 0
         j = own_at[:, None] if KEYS else there[None, :]
-        x = tl.where(sees(gap, j, own_marked, marked, back, ahead, dilation, sinks, RULE) & real[None, :], x, -float("inf"))
+        seen = sees(gap, j, own_marked, marked, back, ahead, dilation, sinks, RULE)
+        if not (NEAR & RULE) or not CAUSAL & RULE:  # else keys behind the end are behind all queries; those add zeros
+            seen &= real[None, :]
+        x = tl.where(seen, x, -float("inf"))
     return x, bend, gap
 
 
