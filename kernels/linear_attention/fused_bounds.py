@@ -17,7 +17,7 @@ from zoo.kernels.linear_attention.fused_scalar import (
     TOKEN,
     at_the_edge,
     load_decays,
-    load_edge,
+    load_rest,
     scaled,
 )
 
@@ -50,10 +50,8 @@ def gather(
             m *= tl.exp(after)
         if SCALED:
             m = scaled(m, before, DECAY)
-        if DECAY == ROWS:
-            chunk = (place + j) * H + h
-            if not safe:
-                m = scaled(m, load_edge(EDGES, chunk, READ + 1, d, D) - load_edge(EDGES, chunk, READ, d, D), DECAY)
+        if DECAY == ROWS and not safe:
+            m = scaled(m, load_rest(EDGES, (place + j) * H + h, READ, d, D), DECAY)
         m = tl.dot(tl.trans(b), y, m, input_precision=PRECISION, out_dtype=ACC)
         if SCALED:
             before_ = before_ + after

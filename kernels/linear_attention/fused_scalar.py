@@ -135,6 +135,12 @@ def exactly(p, sums, middle, total, REVERSE: tl.constexpr):
 
 
 @triton.jit
+def load_rest(EDGES, chunk, READ: tl.constexpr, c, channels):
+    """What a state is multiplied by between being read and written to, where the chunk is not safe."""
+    return load_edge(EDGES, chunk, READ + 1, c, channels) - load_edge(EDGES, chunk, READ, c, channels)
+
+
+@triton.jit
 def load_decays(SUMS, EDGES, SAFES, j, i, c, channels, own, length, place, H, h, C: tl.constexpr, DECAY: tl.constexpr, READ: tl.constexpr):
     """Of chunk j: logarithms of what M is multiplied by before and after its sums are added; for EXACT the middle and the whole sum.
     Then of what rows of the sums are multiplied by (for EXACT the running sums), and whether the chunk is safe."""
@@ -217,11 +223,8 @@ def walk(
             if SCALED:
                 m = scaled(m, before, DECAY)
             out = read(a, m, TURNED, TYPE, ACC, PRECISION)
-            if DECAY >= ROWS:
-                chunk = (place + j) * H + h
-                if not safe:
-                    rest = load_edge(EDGES, chunk, READ + 1, c, channels) - load_edge(EDGES, chunk, READ, c, channels)
-                    m = scaled(m, rest, DECAY)
+            if DECAY >= ROWS and not safe:
+                m = scaled(m, load_rest(EDGES, (place + j) * H + h, READ, c, channels), DECAY)
         if GATED:
             met = tl.sum(x.to(ACC) * out, 1) * scale
             tl.store(MET + own + t + i, (met * tl.exp(near)) if DECAY == TOKEN else met, mask=i < left)
