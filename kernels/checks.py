@@ -37,24 +37,28 @@ class Shapes:
             return
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{self.op}: {name} must be a tensor, got {type(tensor).__name__}")
-        letters = next((found for found in map(letters_of, layouts) if self._fits(tensor, found)), None)
-        if letters is None:
+        shape = tensor.shape
+        for layout in layouts:
+            letters = letters_of(layout)
+            if len(letters) == len(shape) and self._fits(shape, letters):
+                break
+        else:
             wanted = " or ".join(self._describe(layout) for layout in layouts)
-            raise ValueError(f"{self.op}: {name} is {list(tensor.shape)}, expected {wanted}")
+            raise ValueError(f"{self.op}: {name} is {list(shape)}, expected {wanted}")
         if dtype is not None and tensor.dtype != dtype:
             raise ValueError(f"{self.op}: {name} is {tensor.dtype}, expected {dtype}")
         if self.device is None:
             self.device = tensor.device
         elif tensor.device != self.device:
             raise ValueError(f"{self.op}: {name} is on {tensor.device}, the other arguments on {self.device}")
-        for letter, size in zip(letters, tensor.shape, strict=True):
+        for letter, size in zip(letters, shape, strict=True):
             self.sizes.setdefault(letter, size)
 
-    def _fits(self, tensor: Tensor, letters: tuple[str, ...]) -> bool:
-        if tensor.ndim != len(letters):
-            return False
-        for size, x in zip(tensor.shape, letters, strict=True):
-            want = int(x) if x.isdigit() else self.sizes.get(x, size)
+    def _fits(self, shape: torch.Size, letters: tuple[str, ...]) -> bool:
+        for size, x in zip(shape, letters, strict=True):
+            want = self.sizes.get(x)
+            if want is None:
+                want = int(x) if x.isdigit() else size
             if size != want:
                 return False
         return True
