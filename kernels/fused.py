@@ -23,6 +23,19 @@ def sigmoid(x):
 
 
 @triton.jit
+def log1p(x):
+    """With all digits of its smallest values."""
+    u = 1.0 + x
+    exact = (u == 1.0) | (u == float("inf"))
+    return tl.where(exact, x, tl.log(u) * (x / tl.where(exact, 1.0, u - 1.0)))
+
+
+@triton.jit
+def softplus(x):
+    return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
 def segment_of(TABLE, segment):
     """Row, first token and end of a segment; see `zoo.kernels.segments.Segments`."""
     return tl.load(TABLE + segment * 5), tl.load(TABLE + segment * 5 + 1), tl.load(TABLE + segment * 5 + 2)

@@ -79,8 +79,3 @@ def terms(lies: Layout, at: str) -> str:
             found.append(index if stride == 1 else f"{index} * {stride}")
         inner *= size
     return " + ".join(found)
-
-
-def padded(size: int) -> int:
-    """The next power of two."""
-    return 1 << (size - 1).bit_length()

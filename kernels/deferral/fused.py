@@ -15,13 +15,12 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from zoo.kernels.deferral.addresses import Place, address, layout, padded
-from zoo.kernels.deferral.fused_numbers import expm1, gelu_none, gelu_tanh, largest, log1p, products, tanh
+from zoo.kernels.deferral.addresses import Place, address, layout
+from zoo.kernels.deferral.fused_numbers import expm1, gelu_none, gelu_tanh, largest, products, tanh
 from zoo.kernels.deferral.plan import Lane, Node, Operand, chain
-from zoo.kernels.discretize.fused_step import softplus
-from zoo.kernels.fused import sigmoid
+from zoo.kernels.fused import log1p, sigmoid, softplus
 from zoo.kernels.launch import launch
-from zoo.kernels.segments import cdiv
+from zoo.kernels.segments import cdiv, power_of_two
 
 TYPES = {torch.float32: "tl.float32", torch.bfloat16: "tl.bfloat16", torch.float16: "tl.float16", torch.bool: "tl.int1"}
 NUMBERS = 512  # of each value that a program of short rows holds
@@ -68,8 +67,8 @@ class Writer:
     def rows(self, lane: Lane, nodes: list[Node]) -> int:
         """Programs that hold rows of values, or elements in no rows."""
         width = lane.width or lane.count
-        count, block = lane.count // width, min(padded(width), 1 << 30 if lane.width else NUMBERS)
-        height = 1 if not lane.width else min(padded(count), max(1, NUMBERS // block))
+        count, block = lane.count // width, min(power_of_two(width), 1 << 30 if lane.width else NUMBERS)
+        height = 1 if not lane.width else min(power_of_two(count), max(1, NUMBERS // block))
         self.warps = max(self.warps, 8 if block >= LONG else 4)
         first = self.name(f"program - {self.programs}")
         if not lane.width:
@@ -86,7 +85,7 @@ class Writer:
         """Programs that hold all rows of some columns of products."""
         width, count = lane.width, lane.count // lane.width
         mine = [node for node in nodes if node.kind == "product"]
-        height = padded(count)
+        height = power_of_two(count)
         columns = min(breadth(node, height, len(mine)) for node in mine)
         m, n = self.name(f"tl.arange(0, {height})"), self.name(f"(program - {self.programs}) * {columns} + tl.arange(0, {columns})")
         place = Place(
@@ -122,7 +121,7 @@ class Writer:
 
     def matrix(self, node: Node, n: str, row: str) -> tuple[str, str]:
         """All channels, and rows n of what a product multiplies with."""
-        d = self.name(f"tl.arange(0, {padded(node.width)})")
+        d = self.name(f"tl.arange(0, {power_of_two(node.width)})")
         start = f"{self.tensor(node.weight)} + {n}.to(tl.int64)[:, None] * {node.weight.stride(0)}"
         return d, self.name(f"tl.load({start} + {d}[None, :], mask=({row})[:, None] & ({d} < {node.width})[None, :], other=0.0)")
 
@@ -183,15 +182,15 @@ def reduced(node: Node, x: str, place: Place) -> str:
 def breadth(node: Node, height: int, together: int) -> int:
     """Columns of a product that a program takes."""
     if node.inlined:
-        return max(1, min(COLUMNS, TILE // (height * padded(node.width) * padded(together))))
+        return max(1, min(COLUMNS, TILE // (height * power_of_two(node.width) * power_of_two(together))))
     if node.width <= DEEPEST // (2 if height > 2 else 1):
-        return min(16, DEEPEST // (2 if height > 2 else 1) // padded(node.width))
+        return min(16, DEEPEST // (2 if height > 2 else 1) // power_of_two(node.width))
     return 1 if node.width <= DEEPEST or height == TALLEST else 2
 
 
 def depth(node: Node, height: int) -> int:
     """Channels of it that a program multiplies at once."""
-    return min(padded(node.width), DEEPEST // 2 if height > 2 or (node.width > DEEPEST and node.width % DEEPEST) else DEEPEST)
+    return min(power_of_two(node.width), DEEPEST // 2 if height > 2 or (node.width > DEEPEST and node.width % DEEPEST) else DEEPEST)
 
 
 HELPERS = {

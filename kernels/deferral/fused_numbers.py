@@ -13,14 +13,6 @@ def expm1(x):
 
 
 @triton.jit
-def log1p(x):
-    """With all digits of its smallest values."""
-    u = 1.0 + x
-    exact = (u == 1.0) | (u == float("inf"))
-    return tl.where(exact, x, tl.log(u) * (x / tl.where(exact, 1.0, u - 1.0)))
-
-
-@triton.jit
 def tanh(x):
     """By its series where the difference of exponentials would lose digits."""
     e = tl.exp(-2.0 * tl.abs(x))

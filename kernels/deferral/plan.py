@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from zoo.kernels.deferral.addresses import Layout, along_rows, in_order, padded
+from zoo.kernels.deferral.addresses import Layout, along_rows, in_order
+from zoo.kernels.segments import power_of_two
 
 PROLOGUE = 4096  # numbers of its input that a program of a product makes itself
 SOURCES = 3  # tensors from which it makes them, at the most
@@ -179,7 +180,7 @@ def _makes_itself(node: Node) -> bool:
     if lane.product or lane.width not in (0, node.width) or one.source.numel != lane.count:
         return False
     rows = one.source.numel // node.width
-    if padded(rows) * padded(node.width) > PROLOGUE:
+    if power_of_two(rows) * power_of_two(node.width) > PROLOGUE:
         return False
     made = chain(one.source)
     return len({one.tensor.data_ptr() for part in made for one in part.operands if one.source not in made}) <= SOURCES

@@ -8,17 +8,9 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from zoo.kernels.fused import softplus
 from zoo.kernels.launch import launch, rows
 from zoo.kernels.segments import power_of_two
-
-
-@triton.jit
-def softplus(x):
-    """With all digits of its smallest values: log(1 + e) of a sum that was rounded, mended by what rounding left of e."""
-    e = tl.exp(-tl.abs(x))
-    more = 1.0 + e
-    lost = tl.where(more == 1.0, 1.0, e / tl.where(more == 1.0, 1.0, more - 1.0))
-    return tl.maximum(x, 0.0) + tl.where(more == 1.0, e, tl.log(more) * lost)
 
 
 @triton.jit
