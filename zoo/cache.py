@@ -128,12 +128,19 @@ def check_cache(cache, layers: int) -> ZooCache:
     return cache
 
 
-def static_capacity(generation_config, length: int) -> int | None:
-    """How many tokens a cache for `generate` is to hold from the beginning, None for as many as come; ValueError for other kinds."""
+def provide_cache(generation_config, model_kwargs: dict, layers: int, length: int) -> bool:
+    """Put among what `generate` calls a model with a cache of the kind it asks for, unless there is one; whether this did.
+
+    Raises:
+        ValueError: a kind of cache that does not suit.
+    """
     kind = generation_config.cache_implementation
     if kind not in (None, "dynamic", "static"):
         raise ValueError(f"cache_implementation={kind!r} does not suit a zoo model; use 'dynamic' or 'static'")
-    return length + 1 if kind == "static" else None
+    if model_kwargs.get("past_key_values") is not None:
+        return False
+    model_kwargs["past_key_values"] = ZooCache(layers, length + 1 if kind == "static" else None)
+    return True
 
 
 def room(state: State | None, block, cache: ZooCache | None, batch: int, dtype: torch.dtype, device) -> State | None:

@@ -15,7 +15,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from zoo.block import Block
-from zoo.cache import ZooCache, check_cache, room, static_capacity
+from zoo.cache import ZooCache, check_cache, provide_cache, room
 from zoo.channel import activation
 from zoo.config import ZooConfig
 from zoo.decode import Steps, obstacle, pieces
@@ -227,11 +227,8 @@ class ZooGenerationMixin(GenerationMixin):
     ):
         if generation_config.use_cache is False:
             return
-        capacity = static_capacity(generation_config, max_cache_length)
+        own = provide_cache(generation_config, model_kwargs, len(self.model.layers), max_cache_length)
         model_kwargs.pop("position_ids", None)  # a zoo model counts positions itself
-        own = model_kwargs.get("past_key_values") is None
-        if own:
-            model_kwargs["past_key_values"] = ZooCache(len(self.model.layers), capacity)
         if obstacle(self) is None:
             keep = own and not generation_config.return_dict_in_generate
             model_kwargs["steps"] = Steps(self, max_cache_length + 1, keep)

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2
 from transformers.utils import can_return_tuple
 
 from zoo import ops
-from zoo.cache import ZooCache, static_capacity
+from zoo.cache import ZooCache, provide_cache
 from zoo.config import ZooConfig
 from zoo.kernels.attention import flops
 from zoo.kernels.packing import Packing
@@ -260,11 +260,8 @@ class ZooForConditionalGeneration(ZooPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
     ):
-        if generation_config.use_cache is False:
-            return
-        capacity = static_capacity(generation_config, max_cache_length)
-        if model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = ZooCache(len(self.model.decoder.layers), capacity)
+        if generation_config.use_cache is not False:
+            provide_cache(generation_config, model_kwargs, len(self.model.decoder.layers), max_cache_length)
 
 
 SHELLS = {"Model": ZooSeq2SeqModel, "ForConditionalGeneration": ZooForConditionalGeneration}
